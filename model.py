@@ -1,0 +1,567 @@
+"""
+GPT-2 from scratch: packed preference pairs in, one log-probability per response token out.
+
+    batch = pack([(prompt, [chosen, rejected]), ...])        # lists of token ids
+    logps = GPT.from_pretrained('gpt2').token_logps(batch)   # (N,) float32, one per response token
+    batch.sum_by_response(logps)                             # (B, 2): log pi(y|x)
+
+A pair's prompt stands once, and its responses follow it, with no padding anywhere:
+
+    tokens     p p p p | c c c | r r r r |  next pair ...
+    position   0 1 2 3 | 4 5 6 | 4 5 6 7 |          rejected takes up where the prompt ended
+    branch     0 0 0 0 | 1 1 1 | 2 2 2 2 |
+
+From the command line, any model that `from_pretrained` knows becomes a folder for transformers:
+
+    python model.py out/dpo_gpt2 my-model
+
+Left out: dropout (it makes a policy's log-probs noisy, and DPO compares log-probs), biases one could turn off,
+sharding over GPUs, and every architecture but GPT-2's.
+
+Shapes: T tokens, N response tokens, B pairs, K responses to a prompt, H heads, D = d/H, d embedding, V vocabulary.
+"""
+import json
+import math
+import os
+import sys
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from prepare import InputError
+
+# ----------------------------------------------------------------------------------------------------------------
+# The packed batch
+
+
+def visible(pair, branch, q, k):
+    """The attention mask: may the query at index q see the key at index k? (Any shapes of q and k that broadcast.)"""
+    return (pair[q] == pair[k]) & (k <= q) & ((branch[k] == 0) | (branch[k] == branch[q]))
+
+
+@dataclass
+class Batch:
+    tokens: torch.Tensor     # (T,) int64
+    positions: torch.Tensor  # (T,) int64, where in its own sequence a token stands
+    pair: torch.Tensor       # (T,) int64, which pair a token is of; -1 for padding (only fixed shapes on a GPU pad)
+    branch: torch.Tensor     # (T,) int64, 0 for the prompt, k for the k-th response
+    scored: torch.Tensor     # (N,) int64, the index whose output predicts a response token: the one before it, or
+                             #             the prompt's last for the first token of every response
+    targets: torch.Tensor    # (N,) int64, the response token predicted there
+    owner: torch.Tensor      # (N,) int64, pair * K + branch - 1: which response a response token belongs to
+    lengths: torch.Tensor    # (B, K) int64, tokens of each response
+    starts: list             # first token of each pair, then T: how a CPU cuts the attention into pieces
+    mask: object = None      # what `attention` takes; `pieces_mask(batch)` where nothing else was put here
+
+    def to(self, device):
+        """The same batch on `device`; from pinned memory the copy runs beside the host's work."""
+        def move(t):
+            return t.pin_memory().to(device, non_blocking=True) if torch.device(device).type == 'cuda' else t.to(device)
+        names = ('tokens', 'positions', 'pair', 'branch', 'scored', 'targets', 'owner', 'lengths')
+        return Batch(**{name: move(getattr(self, name)) for name in names}, starts=self.starts)
+
+    def sum_by_response(self, logps):
+        """Per-token numbers (N,) -> their sum over each response (B, K), in float32: log pi(y|x)."""
+        total = torch.zeros(self.lengths.numel(), dtype=logps.dtype, device=logps.device)
+        return total.index_add(0, self.owner, logps).view_as(self.lengths)
+
+
+def pack(pairs, pad_to=0):
+    """[(prompt, [response, ...]), ...], sequences of token ids -> Batch on the CPU.
+
+    Every prompt needs one token or more, and every pair the same number of responses, each of one token or more.
+    `pad_to` fills T up to a fixed number, so that compiled code sees one shape.
+    """
+    K = len(pairs[0][1])
+    lengths = np.array([[len(r) for r in responses] for _, responses in pairs], dtype=np.int64)   # (B, K)
+    prompts = np.array([len(prompt) for prompt, _ in pairs], dtype=np.int64)                      # (B,)
+    if lengths.shape != (len(pairs), K) or lengths.min() < 1 or prompts.min() < 1:
+        raise ValueError('a pair needs a prompt and responses of one token or more')
+    sizes = np.concatenate([prompts[:, None], lengths], axis=1)         # (B, 1+K) tokens in prompt, response 1, ..., K
+    size = sizes.reshape(-1)
+    begin = np.concatenate([[0], np.cumsum(size)])[:-1]                 # where each segment begins in the batch
+    T = int(size.sum())
+    pad = max(0, pad_to - T)
+
+    tokens = np.concatenate([np.asarray(s, dtype=np.int64) for prompt, responses in pairs for s in (prompt, *responses)])
+    within = np.arange(T) - np.repeat(begin, size)                      # 0, 1, 2, ... inside each segment
+    branch = np.repeat(np.tile(np.arange(1 + K), len(pairs)), size)
+    prompt_length = np.repeat(np.repeat(prompts, 1 + K), size)
+    response = branch > 0
+    first = response & (within == 0)
+    prompt_end = np.repeat(np.repeat(begin[::1 + K] + prompts - 1, 1 + K), size)
+    index = np.arange(T)
+    pair = np.repeat(np.repeat(np.arange(len(pairs)), 1 + K), size)
+
+    def filled(a, value):
+        return torch.from_numpy(np.concatenate([a, np.full(pad, value, dtype=np.int64)]))
+    return Batch(
+        tokens=filled(tokens, 0),
+        positions=filled(np.where(response, prompt_length + within, within), 0),
+        pair=filled(pair, -1),
+        branch=filled(branch, 0),
+        scored=torch.from_numpy(np.where(first, prompt_end, index - 1)[response]),
+        targets=torch.from_numpy(tokens[response]),
+        owner=torch.from_numpy((pair * K + branch - 1)[response]),
+        lengths=torch.from_numpy(lengths),
+        starts=begin[::1 + K].tolist() + [T + pad],
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Attention: one function; what a query sees comes in one of four forms
+
+
+def pieces_mask(batch, piece=256):
+    """A packed batch's mask as [(start, stop, (t, t) boolean mask), ...], pair by pair, short neighbours together up
+    to `piece` tokens: nothing is computed between pieces. For a CPU, and the plain way anywhere."""
+    cuts = [0]
+    for start, stop in zip(batch.starts, batch.starts[1:]):
+        if stop - cuts[-1] > piece and start > cuts[-1]:
+            cuts.append(start)
+    cuts.append(batch.starts[-1])
+    index = torch.arange(cuts[-1], device=batch.tokens.device)
+    return [(start, stop, visible(batch.pair, batch.branch, index[start:stop, None], index[None, start:stop]))
+            for start, stop in zip(cuts, cuts[1:])]
+
+
+def block_mask(batch):
+    """The same mask for FlexAttention, which skips every block that holds nothing visible: for compiled code on a GPU."""
+    from torch.nn.attention.flex_attention import create_block_mask
+    pair, branch, T = batch.pair, batch.branch, batch.tokens.numel()
+    return create_block_mask(lambda b, h, q, k: visible(pair, branch, q, k), None, None, T, T, device=pair.device)
+
+
+def attention(q, k, v, mask):                # each (..., H, T, D) -> (..., H, T, D)
+    if mask is None:                                                             # plain causal
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    if torch.is_tensor(mask):                                                    # a boolean mask: generation
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    if isinstance(mask, list):                                                   # pieces of a packed batch
+        out, sizes = [], [stop - start for start, stop, _ in mask]
+        for qi, ki, vi, (_, _, seen) in zip(*(t.split(sizes, dim=1) for t in (q, k, v)), mask):
+            if q.dtype == torch.bfloat16 and q.device.type == 'cpu':
+                # in bf16 a CPU's fused attention has a backward 2 to 3 times slower than these two lines
+                scores = (qi @ ki.transpose(-2, -1)).float() / math.sqrt(q.size(-1))
+                out.append(scores.masked_fill(~seen, -math.inf).softmax(-1).to(v.dtype) @ vi)
+            else:
+                out.append(F.scaled_dot_product_attention(qi[None], ki[None], vi[None], attn_mask=seen)[0])
+        return torch.cat(out, dim=1)
+    from torch.nn.attention.flex_attention import flex_attention                 # a BlockMask
+    return flex_attention(q[None], k[None], v[None], block_mask=mask)[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The vocabulary projection
+
+
+class ChunkedLogps(torch.autograd.Function):
+    """log softmax(h W^T)[target] at N positions, a chunk of rows at a time.
+
+    The (N, V) logits never exist at once: each chunk's are made, reduced to one number per row, and made again in the
+    backward pass, where their gradient (one-hot - softmax, times the row's upstream gradient) goes straight into
+    those of h and W. Logits, log-probs and the sum into W's gradient are float32 whatever the model's precision.
+    """
+
+    @staticmethod
+    def chunks(h, weight):
+        rows = max(1, (2**27 if h.is_cuda else 2**24) // weight.size(0))    # logits of 512 MiB on a GPU, 64 on a CPU
+        return [slice(i, i + rows) for i in range(0, h.size(0), rows)]
+
+    @staticmethod
+    def logits(h, weight, buffer):
+        if h.dtype != torch.float32:                     # bf16 factors, float32 sums: a GPU only, see `forward`
+            return torch.mm(h, weight.t(), out_dtype=torch.float32)
+        return torch.mm(h, weight.t(), out=buffer[:h.size(0)])
+
+    @staticmethod
+    def forward(ctx, h, weight, targets):                # (N, d), (V, d), (N,) -> (N,)
+        # rounding GPT-2's logits (near -100) to bf16 would be wrong by 0.25: where bf16 factors cannot be summed into
+        # float32 logits, the factors are float32 too
+        low = h.is_cuda and torch.is_autocast_enabled('cuda')
+        dtype = torch.get_autocast_dtype('cuda') if low else torch.promote_types(h.dtype, torch.float32)
+        h_dtype, h, w = h.dtype, h.to(dtype), weight.to(dtype)
+        out = torch.empty(h.size(0), dtype=torch.promote_types(dtype, torch.float32), device=h.device)
+        chunks = ChunkedLogps.chunks(h, w)
+        with torch.autocast(h.device.type, enabled=False):
+            buffer = h.new_empty(0 if low or not chunks else chunks[0].stop, w.size(0))
+            for c in chunks:
+                logits = ChunkedLogps.logits(h[c], w, buffer[:h[c].size(0)])         # (rows, V)
+                chosen = logits.gather(1, targets[c, None])[:, 0]
+                out[c] = chosen - logits.logsumexp(dim=1)
+        ctx.save_for_backward(h, w, targets, out)
+        ctx.dtypes = h_dtype, weight.dtype
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):                             # (N,)
+        h, w, targets, out = ctx.saved_tensors
+        grad_h = torch.empty_like(h)
+        grad_w = torch.zeros(w.shape, dtype=out.dtype, device=w.device)
+        chunks = ChunkedLogps.chunks(h, w)
+        buffer = h.new_empty(0 if h.dtype == torch.bfloat16 or not chunks else chunks[0].stop, w.size(0))
+        for c in chunks:
+            logits = ChunkedLogps.logits(h[c], w, buffer[:h[c].size(0)])
+            chosen = logits.gather(1, targets[c, None])
+            probs = logits.sub_(chosen - out[c, None]).exp_()             # the log-normaliser is chosen - out
+            probs.mul_(-grad[c, None])
+            probs.scatter_add_(1, targets[c, None], grad[c, None])        # grad * (one-hot - softmax)
+            probs = probs.to(h.dtype)
+            grad_h[c] = probs @ w
+            if h.dtype == torch.bfloat16:
+                grad_w += torch.mm(probs.t(), h[c], out_dtype=torch.float32)
+            else:
+                grad_w.addmm_(probs.t(), h[c])
+        return grad_h.to(ctx.dtypes[0]), grad_w.to(ctx.dtypes[1]), None
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The model
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024   # longest sequence, in tokens
+    vocab_size: int = 50257  # rows of the embedding; may be padded beyond the tokenizer's
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    eos_token_id: int = 50256  # ends every response
+
+
+SIZES = {  # the hub's names for the published models
+    'distilgpt2': dict(n_layer=6, n_head=12, n_embd=768),
+    'gpt2': dict(n_layer=12, n_head=12, n_embd=768),
+    'gpt2-medium': dict(n_layer=24, n_head=16, n_embd=1024),
+    'gpt2-large': dict(n_layer=36, n_head=20, n_embd=1280),
+    'gpt2-xl': dict(n_layer=48, n_head=25, n_embd=1600),
+}
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        d = config.n_embd
+        self.n_head = config.n_head
+        self.ln_1 = nn.LayerNorm(d)
+        self.c_attn = nn.Linear(d, 3 * d)    # queries, keys and values of all heads at once
+        self.attn_proj = nn.Linear(d, d)
+        self.ln_2 = nn.LayerNorm(d)
+        self.c_fc = nn.Linear(d, 4 * d)
+        self.mlp_proj = nn.Linear(4 * d, d)
+
+    def forward(self, x, mask, cache=None):  # (..., T, d) -> (..., T, d)
+        heads = self.c_attn(self.ln_1(x)).unflatten(-1, (3, self.n_head, -1))       # (..., T, 3, H, D)
+        q, k, v = (t.transpose(-3, -2) for t in heads.unbind(-3))                   # each (..., H, T, D)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        y = attention(q, k, v, mask).transpose(-3, -2).flatten(-2)                           # (..., T, d)
+        x = x + self.attn_proj(y)
+        return x + self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x)), approximate='tanh'))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise ValueError(f'n_embd {config.n_embd} is not a multiple of n_head {config.n_head}')
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)   # also the vocabulary projection
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        for name, p in self.named_parameters():                     # GPT-2's initialisation
+            if p.dim() == 2:
+                residual = name.endswith('proj.weight')
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
+            elif name.endswith('bias'):
+                nn.init.zeros_(p)
+
+    @property
+    def device(self):
+        return self.wte.weight.device
+
+    def num_params(self):
+        return sum(p.numel() for p in self.parameters())
+
+    def hidden(self, tokens, positions, mask, caches=None):
+        """The transformer's output after the last layer norm: (..., T) -> (..., T, d)."""
+        x = self.wte(tokens) + self.wpe(positions)
+        for i, block in enumerate(self.blocks):
+            x = block(x, mask, None if caches is None else caches[i])
+        return self.ln_f(x)
+
+    def forward(self, tokens):
+        """Plain causal logits: (B, T) -> (B, T, V). Nothing fast uses it; the tests compare the fast paths with it."""
+        x = self.hidden(tokens, torch.arange(tokens.size(1), device=tokens.device), None)
+        return F.linear(x, self.wte.weight)
+
+    def token_logps(self, batch):
+        """log pi(y_t | x, y_<t) of every response token of a packed batch that lies on the model's device: (N,)
+        float32, in the order of `batch.targets`; `batch.owner` says whose each is. Prompt tokens have none."""
+        if batch.mask is None:
+            batch.mask = pieces_mask(batch)
+        x = self.hidden(batch.tokens, batch.positions, batch.mask)                  # (T, d)
+        return ChunkedLogps.apply(x[batch.scored], self.wte.weight, batch.targets)  # (N,)
+
+    @classmethod
+    def from_pretrained(cls, name):
+        """A GPT from a hub name (gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, or owner/model of a GPT-2), a folder
+        of transformers', a run's `out_dir` (its ckpt.pt), or a checkpoint file such as out/run/best.pt. float32, on the
+        CPU. Raises InputError, one line, where it is none of these or does not fit GPT-2."""
+        path = find_pretrained(name)
+        if os.path.isdir(path):
+            config, state = load_folder(path)
+        else:
+            checkpoint = load_checkpoint(path)
+            config, state = GPTConfig(**checkpoint['model_config']), checkpoint['model']
+        with torch.device('meta'):                       # no memory, no time spent on weights about to be replaced
+            model = cls(config)
+        state = {k: t.to(torch.float32, copy=True, memory_format=torch.contiguous_format) for k, t in state.items()}
+        try:
+            model.load_state_dict(state, assign=True)
+        except RuntimeError as e:
+            raise InputError(f'{path}: {" ".join(str(e).split())[:200]}')
+        return model
+
+    def save_pretrained(self, folder):
+        """Write config.json and model.safetensors: what transformers.GPT2LMHeadModel.from_pretrained(folder) loads."""
+        from safetensors.torch import save_file
+        c = self.config
+        os.makedirs(folder, exist_ok=True)
+        tensors = {}
+        for name, p in self.state_dict().items():
+            their, transposed = their_name(name)
+            tensors['transformer.' + their] = (p.t() if transposed else p).detach().to('cpu', torch.float32).contiguous()
+        save_file(tensors, os.path.join(folder, 'model.safetensors.tmp'), metadata={'format': 'pt'})
+        with open(os.path.join(folder, 'config.json.tmp'), 'w', encoding='utf-8') as f:
+            json.dump(dict(architectures=['GPT2LMHeadModel'], model_type='gpt2', activation_function='gelu_new',
+                           n_positions=c.block_size, n_ctx=c.block_size, vocab_size=c.vocab_size, n_embd=c.n_embd,
+                           n_layer=c.n_layer, n_head=c.n_head, layer_norm_epsilon=1e-5, initializer_range=0.02,
+                           bos_token_id=c.eos_token_id, eos_token_id=c.eos_token_id, tie_word_embeddings=True,
+                           torch_dtype='float32'), f, indent=2)
+        for name in ('model.safetensors', 'config.json'):    # whole files only, also where this is interrupted
+            os.replace(os.path.join(folder, name + '.tmp'), os.path.join(folder, name))
+
+    @torch.no_grad()
+    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=0):
+        """Responses to `prompts`, lists of token ids of any lengths: a list of lists of new token ids.
+
+        A response ends with the end-of-text token, or without one where `max_new_tokens` or the model's context ran
+        out. temperature 0 takes the likeliest token; top_k (0: off) and top_p (1: off) cut the distribution's tail.
+        Token t of row i is drawn with the seed's t-th row of uniform numbers, whatever the other rows do, so two
+        models asked with one seed differ only where their distributions do.
+        """
+        block_size, device = self.config.block_size, self.device
+        if not prompts or min(map(len, prompts)) < 1 or max(map(len, prompts)) >= block_size:
+            raise InputError(f'a prompt to generate from needs 1 to {block_size - 1} tokens')
+        B, longest = len(prompts), max(map(len, prompts))
+        limit = min(longest + max_new_tokens, block_size)
+        rng = torch.Generator().manual_seed(seed)
+        caches = [Cache(B, limit, self.config, self.wte.weight) for _ in self.blocks]
+
+        # prompts padded on the right: a row's padding is never visible, and its cache slots are written over in time
+        tokens = torch.tensor([list(p) + [0] * (longest - len(p)) for p in prompts], device=device)   # (B, t)
+        positions = torch.arange(longest, device=device).expand(B, -1)                                # (B, t)
+        last = torch.tensor([len(p) - 1 for p in prompts], device=device)   # the column to predict from, in each row
+        ends = last                                                         # where each row's newest token stands
+        rows = torch.arange(B, device=device)                               # which prompt a row answers
+        going = torch.ones(B, dtype=torch.bool, device=device)
+        responses = [[] for _ in prompts]
+        for _ in range(max_new_tokens):
+            keys = int(ends.max()) + 1 if len(tokens[0]) == 1 else longest
+            seen = torch.arange(keys, device=device) <= positions[:, :, None]                         # (B, t, keys)
+            for cache in caches:
+                cache.positions, cache.keys = positions, keys
+            x = self.hidden(tokens, positions, seen[:, None], caches)
+            x = x[torch.arange(len(rows), device=device), last]                                       # (B, d)
+            logits = F.linear(x, self.wte.weight).float()                                             # (B, V)
+            uniform = torch.rand(B, generator=rng).to(device)[rows]
+            next_token = draw(logits, temperature, top_k, top_p, uniform)                             # (B,)
+            for row, token, live in zip(rows.tolist(), next_token.tolist(), going.tolist()):
+                if live:
+                    responses[row].append(token)
+            ends = ends + going                                             # rows that ended stand still
+            going = going & (next_token != self.config.eos_token_id) & (ends < block_size)
+            if not going.any():
+                break
+            if going.sum() <= 0.75 * len(rows):                             # ... and leave the batch now and then
+                rows, next_token, ends = rows[going], next_token[going], ends[going]
+                for cache in caches:
+                    cache.k, cache.v = cache.k[going], cache.v[going]
+                going = going[going]
+            ends = ends.clamp(max=block_size - 1)
+            tokens, positions, last = next_token[:, None], ends[:, None], torch.zeros_like(rows)
+        return responses
+
+
+class Cache:
+    """One layer's keys and values of B sequences: what generation has seen so far."""
+
+    def __init__(self, B, limit, config, like):
+        shape = (B, limit, config.n_head, config.n_embd // config.n_head)
+        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)      # (B, limit, H, D)
+        self.positions = self.keys = None   # (B, t): where the next t tokens stand; how many slots are in use by then
+
+    def append(self, k, v):                                                # each (B, H, t, D) -> (B, H, keys, D)
+        rows = torch.arange(k.size(0), device=k.device)[:, None]
+        self.k[rows, self.positions] = k.transpose(1, 2)
+        self.v[rows, self.positions] = v.transpose(1, 2)
+        return self.k[:, :self.keys].transpose(1, 2), self.v[:, :self.keys].transpose(1, 2)
+
+
+def draw(logits, temperature, top_k, top_p, uniform):
+    """(B, V) logits and (B,) numbers in [0, 1) -> (B,) tokens, by inverting the cumulative distribution."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probs = (logits / temperature).softmax(dim=-1)
+    if top_k == 0 and top_p == 1.0:
+        order = None
+    else:
+        probs, order = probs.sort(dim=-1, descending=True)
+        if top_k:
+            probs[:, top_k:] = 0
+        if top_p < 1.0:   # the fewest tokens that together reach top_p: those before which less than top_p is covered
+            probs[probs.cumsum(dim=-1) - probs >= top_p * probs.sum(dim=-1, keepdim=True)] = 0
+    cumulative = probs.double().cumsum(dim=-1)
+    at = torch.searchsorted(cumulative, (uniform.double() * cumulative[:, -1])[:, None], right=True)
+    at = at.clamp(max=probs.size(-1) - 1)
+    return (at if order is None else order.gather(1, at))[:, 0]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Load and save
+
+
+# What a model folder of transformers calls our tensors. Its Conv1D keeps a matrix as (in, out), nn.Linear as (out, in).
+THEIRS = {'ln_1': 'ln_1', 'c_attn': 'attn.c_attn', 'attn_proj': 'attn.c_proj',
+          'ln_2': 'ln_2', 'c_fc': 'mlp.c_fc', 'mlp_proj': 'mlp.c_proj'}
+
+
+def their_name(name):
+    """Our parameter's name -> (theirs, without the leading 'transformer.'; whether the matrix lies transposed)."""
+    if not name.startswith('blocks.'):
+        return name, False
+    _, layer, part, kind = name.split('.')
+    return f'h.{layer}.{THEIRS[part]}.{kind}', kind == 'weight' and not part.startswith('ln')
+
+
+def load_file(path):
+    """The tensors of a .safetensors, .bin or .pt file, mapped rather than read, without running any code in it."""
+    try:
+        if path.endswith('.safetensors'):
+            from safetensors.torch import load_file as load_safetensors
+            return load_safetensors(path)
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise InputError(f'{path}: no such file')
+    except Exception as e:    # each format has errors of its own for a file cut short, or of another kind
+        raise InputError(f'{path}: not a whole model file ({type(e).__name__}: {str(e).splitlines()[0][:120]})')
+
+
+def load_json(path):
+    try:
+        with open(path, encoding='utf-8') as f:
+            return json.load(f)
+    except FileNotFoundError:
+        raise InputError(f'{path}: no such file')
+    except ValueError as e:
+        raise InputError(f'{path}: not valid JSON ({e})')
+
+
+def load_folder(folder):
+    """A GPT-2 folder of transformers -> (GPTConfig, {our name: tensor})."""
+    theirs = load_json(os.path.join(folder, 'config.json'))
+    d = theirs.get('n_embd')
+    for key, ours in dict(model_type='gpt2', activation_function='gelu_new', layer_norm_epsilon=1e-5,
+                          scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
+                          add_cross_attention=False, tie_word_embeddings=True).items():
+        if theirs.get(key, ours) != ours:
+            raise InputError(f'{folder}/config.json: {key} is {theirs[key]!r}, and GPT-2 here has {ours!r}')
+    if theirs.get('n_inner') not in (None, 4 * d):
+        raise InputError(f'{folder}/config.json: n_inner is {theirs["n_inner"]}, and GPT-2 here has 4 * n_embd')
+    try:
+        config = GPTConfig(block_size=theirs.get('n_positions') or theirs['n_ctx'], vocab_size=theirs['vocab_size'],
+                           n_layer=theirs['n_layer'], n_head=theirs['n_head'], n_embd=d,
+                           eos_token_id=theirs.get('eos_token_id', theirs['vocab_size'] - 1))
+    except KeyError as e:
+        raise InputError(f'{folder}/config.json: no {e}')
+
+    tensors = {}
+    for name in ('model.safetensors', 'pytorch_model.bin'):
+        index = os.path.join(folder, name + '.index.json')
+        if os.path.exists(os.path.join(folder, name)):
+            tensors = load_file(os.path.join(folder, name))
+        elif os.path.exists(index):
+            for shard in sorted(set(load_json(index)['weight_map'].values())):
+                tensors.update(load_file(os.path.join(folder, shard)))
+        if tensors:
+            break
+    else:
+        raise InputError(f'{folder}: no model.safetensors or pytorch_model.bin (whole or sharded)')
+    tensors = {name.removeprefix('transformer.'): t for name, t in tensors.items()
+               if not name.endswith(('.attn.bias', '.attn.masked_bias'))}      # the causal mask, in old files
+    head = tensors.pop('lm_head.weight', None)
+    if head is not None and 'wte.weight' in tensors and not torch.equal(head, tensors['wte.weight']):
+        raise InputError(f'{folder}: lm_head.weight differs from wte.weight, and GPT-2 ties them')
+
+    with torch.device('meta'):
+        shapes = {name: p.shape for name, p in GPT(config).named_parameters()}
+    state = {}
+    for name, shape in shapes.items():
+        their, transposed = their_name(name)
+        if their not in tensors:
+            raise InputError(f'{folder}: no tensor {their}')
+        t = tensors.pop(their)
+        state[name] = t.t() if transposed and t.dim() == 2 else t
+        if state[name].shape != shape:
+            want = tuple(reversed(shape)) if transposed else tuple(shape)
+            raise InputError(f'{folder}: tensor {their} has shape {tuple(t.shape)}, expected {want}')
+    if tensors:
+        raise InputError(f'{folder}: tensor {min(tensors)} is not one of GPT-2\'s')
+    return config, state
+
+
+def load_checkpoint(path):
+    """A checkpoint of train.py -> its dictionary: model, model_config, config, step and more."""
+    checkpoint = load_file(path)
+    if not isinstance(checkpoint, dict) or not {'model', 'model_config', 'config'} <= checkpoint.keys():
+        raise InputError(f'{path}: not a checkpoint of train.py')
+    return checkpoint
+
+
+def find_pretrained(name):
+    """What `from_pretrained` takes -> a local path: a checkpoint file, or a folder of transformers' (downloaded)."""
+    if os.path.isfile(name):
+        return name
+    if os.path.isdir(name):
+        if os.path.exists(os.path.join(name, 'config.json')):
+            return name
+        if os.path.exists(os.path.join(name, 'ckpt.pt')):
+            return os.path.join(name, 'ckpt.pt')
+        raise InputError(f'{name}: neither a model folder (config.json) nor a run\'s folder (ckpt.pt)')
+    repo = f'openai-community/{name}' if name in SIZES else name
+    repo = 'distilbert/distilgpt2' if name == 'distilgpt2' else repo
+    if repo.count('/') != 1 or name.startswith(('.', '/')) or name.split('/')[0] in ('out', 'data'):
+        raise InputError(f'{name}: no such file or folder, and not one of {", ".join(SIZES)}')
+    from huggingface_hub import snapshot_download
+    try:
+        folder = snapshot_download(repo, allow_patterns=['config.json', 'model*.safetensors', '*.safetensors.index.json'])
+        if not any(f.endswith('.safetensors') for f in os.listdir(folder)):
+            folder = snapshot_download(repo, allow_patterns=['config.json', 'pytorch_model*'])
+        return folder
+    except Exception as e:    # no network, no such repository, no permission: the hub's errors share no class
+        raise InputError(f'{name}: no such folder, and the hub did not give it ({str(e).strip().splitlines()[0][:160]})')
+
+
+if __name__ == '__main__':
+    if len(sys.argv) != 3:
+        sys.exit('usage: python model.py MODEL FOLDER   (any model from_pretrained knows -> a folder for transformers)')
+    try:
+        GPT.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])
+    except InputError as e:
+        sys.exit(f'error: {e}')
+    print(f'{sys.argv[2]}: loads with transformers.GPT2LMHeadModel.from_pretrained')
