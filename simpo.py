@@ -26,7 +26,8 @@ def simpo_loss(policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejec
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
-def sft_loss(policy_chosen_logps, chosen_lengths):
-    """Supervised fine-tuning on the chosen responses, -1/|y_w| log pi(y_w|x): how a reference is made where there is
-    none. No comparison, so no rewards: None stands for them."""
-    return -policy_chosen_logps / chosen_lengths, None, None
+def sft_loss(policy_chosen_logps):
+    """Supervised fine-tuning on the chosen responses: loss = -log pi(y_w|x), in nats per response. How a reference is
+    made where there is none. A sum, not a mean over the tokens: with one 1/|y| per response, short ones would weigh
+    more, and the model would learn to end too soon. No comparison, so no rewards: None stands for them."""
+    return -policy_chosen_logps, None, None

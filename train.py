@@ -104,9 +104,9 @@ class Config:
 # The config
 
 
-def parse_value(name, value, where):
+def parse_value(cfg, name, value, where):
     """`value` as the type that the field `name` has; a string from the command line is read as a Python literal."""
-    fields = {f.name: f for f in dataclasses.fields(Config)}
+    fields = {f.name: f for f in dataclasses.fields(cfg)}
     if name not in fields:
         near = difflib.get_close_matches(name, fields, n=1)
         raise InputError(f'{where}: {name!r} is not a name of the config' + (f'; {near[0]!r} is' if near else ''))
@@ -123,13 +123,15 @@ def parse_value(name, value, where):
     return value
 
 
-def load_config(argv):
-    """[CONFIG] [--name=value ...] -> Config, whose `given` names what was set. Raises InputError, one line."""
-    cfg, cfg.given = Config(), set()
+def load_config(argv, cfg=None):
+    """[CONFIG] [--name=value ...] -> Config, whose `given` names what was set. Raises InputError, one line. Another
+    dataclass of options (sample.py has one) may come as `cfg`."""
+    cfg = Config() if cfg is None else cfg
+    cfg.given = set()
     for i, arg in enumerate(argv):
         name, equals, value = arg.removeprefix('--').partition('=')
         if arg.startswith('--') and equals:
-            setattr(cfg, name, parse_value(name, value, 'command line'))
+            setattr(cfg, name, parse_value(cfg, name, value, 'command line'))
             cfg.given.add(name)
         elif i or arg.startswith('-'):
             raise InputError(f'command line: {arg!r} is not of the form --name=value')
@@ -143,9 +145,10 @@ def load_config(argv):
                 raise InputError(f'{arg} line {line}: {type(e).__name__}: {e}')
             for name, value in assigned.items():
                 if not name.startswith('_') and not inspect.ismodule(value) and not callable(value):
-                    setattr(cfg, name, parse_value(name, value, arg))
+                    setattr(cfg, name, parse_value(cfg, name, value, arg))
                     cfg.given.add(name)
-    check_config(cfg)
+    if isinstance(cfg, Config):
+        check_config(cfg)
     return cfg
 
 
@@ -501,7 +504,7 @@ def train(cfg):
         model.requires_grad_(True)
 
     # where the run stands
-    step, best, evaluated, log_bytes, first = 0, math.inf, -1, 0, None
+    step, best, evaluated, log_bytes, first, warned = 0, math.inf, -1, 0, None, False
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW([dict(params=decayed, weight_decay=cfg.weight_decay), dict(params=others, weight_decay=0.0)],
@@ -512,7 +515,8 @@ def train(cfg):
             raise InputError(f'dataset: {folder} is not the data that {out("ckpt.pt")} was trained on')
         model.load_state_dict(checkpoint['model'])
         optimizer.load_state_dict(checkpoint['optimizer'])
-        step, best, evaluated, log_bytes, first = (checkpoint[k] for k in ('step', 'best', 'evaluated', 'log_bytes', 'first'))
+        step, best, evaluated, log_bytes, first, warned = (
+            checkpoint[k] for k in ('step', 'best', 'evaluated', 'log_bytes', 'first', 'warned'))
         del checkpoint
     if cfg.compile:
         model.hidden = torch.compile(model.hidden, dynamic=cfg.device == 'cpu')
@@ -536,7 +540,7 @@ def train(cfg):
         weights = dict(model={k: v.detach() for k, v in model.state_dict().items()}, config=config, step=step,
                        model_config=dataclasses.asdict(model.config))
         save(out('ckpt.pt'), weights | dict(optimizer=optimizer.state_dict(), best=best, evaluated=evaluated,
-                                            log_bytes=log.tell(), first=first, data=train_pairs.hash))
+                                            log_bytes=log.tell(), first=first, warned=warned, data=train_pairs.hash))
         return weights
 
     def load_step(step):
@@ -571,7 +575,12 @@ def train(cfg):
                 write_log(dict(step=step) | metrics)
                 tqdm.write(f'step {step}: ' + ', '.join(f'{k} {v:.4f}' for k, v in metrics.items()))
                 first = first or metrics
-                warn_if_both_fall(first, metrics, evaluated < 0)
+                if both_fall(first, metrics) and not warned:
+                    warned = True
+                    fall = first['eval/logps/chosen'] - metrics['eval/logps/chosen']
+                    tqdm.write(f'warning: the chosen responses have become less likely too, by {fall:.1f} nats: what both '
+                               'lose goes to responses that are in no pair. A larger beta, a smaller learning rate or '
+                               'fewer steps hold it back')
             evaluated, improved = step, metrics.get('eval/loss', math.inf) < best
             best = min(best, metrics.get('eval/loss', math.inf))
             weights = save_checkpoint()
@@ -640,8 +649,10 @@ def train(cfg):
     return metrics
 
 
-def warn_if_both_fall(first, now, ever):
-    pass
+def both_fall(first, now):
+    """Have the chosen responses become less likely together with the rejected ones, by more than a nat each?"""
+    falls = [now[k] - first[k] for k in ('eval/logps/chosen', 'eval/logps/rejected') if k in now and k in first]
+    return len(falls) == 2 and max(falls) < -1
 
 
 def table(metrics, before=None):

@@ -16,14 +16,15 @@ val_fraction = 0.02
 
 init_from = 'scratch'
 n_layer = 3
-n_head = 4
+n_head = 2
 n_embd = 96
 block_size = 128
 
-batch_size = 64
+batch_size = 32
 tokens_per_batch = 8192
-learning_rate = 2e-3
+learning_rate = 5e-3
 warmup_iters = 20
-max_iters = 350
+max_iters = 800
 beta2 = 0.99
-eval_interval = 350
+grad_clip = 0.0
+eval_interval = 400

@@ -1,0 +1,28 @@
+# GPT-2 fine-tuned on the chosen responses of Anthropic's preferences: the reference that config/dpo_gpt2.py starts from.
+#
+#   python train.py config/sft_gpt2.py
+#
+# Data: as config/dpo_gpt2.py; GPT-2's weights (500 MB) come from the hub, or --init_from=FOLDER.
+
+out_dir = 'out/sft_gpt2'
+init_from = 'gpt2'
+
+dataset = 'Anthropic/hh-rlhf'
+tokenizer = 'gpt2'
+max_length = 512
+max_prompt_length = 256
+val_fraction = 0.02
+eval_pairs = 512
+
+loss = 'sft'
+
+batch_size = 64
+tokens_per_batch = 16384
+learning_rate = 2e-5
+schedule = 'cosine'
+warmup_iters = 150
+grad_clip = 10.0
+epochs = 1.0
+
+eval_interval = 500
+log_interval = 10
