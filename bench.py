@@ -3,35 +3,39 @@ Speed and memory, side by side with others, on whatever device there is.
 
     python bench.py                                          # everything: a first figure early, a table at the end
     python bench.py step memory --pairs=pairs.jsonl.gz       # some sections, your data
-    python bench.py step --profile=True --peers=False        # where a step of ours spends its time
+    python bench.py --profile=True                           # where one step of ours spends its time
 
-    step      pairs/s of one optimiser step, DPO against TRL's DPOTrainer, SimPO against its CPOTrainer
-    memory    peak memory of the same steps, each contestant in a process of its own
+    step      pairs/s of one optimiser step: DPO against TRL's DPOTrainer, SimPO against its CPOTrainer
+    memory    peak memory of the same steps
     growth    ours alone: pairs/s and peak memory as max_length and the pairs a step grow
     prepare   tokens/s of prepare.py's whole path against tiktoken's encode_ordinary_batch over the same texts
-    generate  tokens/s of GPT.generate against transformers' generate, greedy, same weights, same tokens
-    start     seconds from the command to the first step of train.py
+    generate  tokens/s of GPT.generate against transformers' generate: greedy, same weights, same tokens
+    start     seconds from the command to the end of train.py's first step
 
-How: every figure is a ratio within one run. Contestants live in processes of their own and take turns, ours, theirs,
-ours, theirs, on the same token ids and weights, while the other waits; a ratio is the median of the pairwise ones,
-with its least and greatest. One round is one optimiser step from pairs to updated weights and, for DPO, one forward
-of the same pairs by the reference: what a run of one epoch pays for each step. Peers run their own trainer's whole
-loop, at the fastest settings of those tried (each is printed), and both sides' losses and log-probs are compared.
-Utilisation: the arithmetic needed (prompt once, vocabulary at response positions, no padding) per second, against
-the best rate of plain matrix products of the model's shapes in the step's dtype, taken right after the rounds.
+Every figure is a ratio within one run. The contestants live in processes of their own and take turns, ours, theirs,
+ours, theirs, each waiting while the other works, on the same weights and token ids; the ratio is the median of the
+pairwise ones, with the least and the greatest. A round of `step` is one optimiser step from pairs to updated weights
+and, for DPO, one forward pass of the reference over the same pairs: its share in a run of one epoch. TRL runs its own
+whole training loop, at the fastest settings of those tried (each is printed), and losses and log-probs of the two are
+compared. Utilisation counts the arithmetic that is needed (prompt once, vocabulary at response positions, no padding)
+against the fastest plain matrix product of the model's shapes in the step's dtype, measured right after the rounds.
 
-Left out: loading and tokenising (but see prepare), evaluation, checkpoints, logging, more than one GPU, the quality of
-what is learnt; weights are random. Peers that are not installed are passed over.
+Left out: evaluation, checkpoints, logging, more than one GPU, and the quality of what is learnt: weights are random.
+Peers that are not installed are passed over.
 """
+import ast
 import contextlib
 import dataclasses
+import importlib.metadata
 import importlib.util
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import platform
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -40,84 +44,99 @@ from types import SimpleNamespace
 
 for name, value in dict(OMP_WAIT_POLICY='PASSIVE', HF_HUB_OFFLINE='1', HF_HUB_DISABLE_TELEMETRY='1',
                         TOKENIZERS_PARALLELISM='false', TRANSFORMERS_VERBOSITY='error').items():
-    os.environ.setdefault(name, value)    # a contestant that waits its turn must not spin; read when torch is loaded
+    os.environ.setdefault(name, value)    # before torch is loaded: whoever waits for its turn must not spin
 
 import numpy as np
 import torch
 
 import prepare
 import train
-from model import GPT, SIZES, GPTConfig, pack
+from model import GPT, SIZES, GPTConfig
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 LR = 1e-6
+TABLE = []      # the rows of the last table
 
 
 @dataclasses.dataclass
 class Options:
-    pairs: str = ''             # a file that prepare.py reads; empty: synthetic pairs of HH-harmless's lengths
-    model: str = 'gpt2'         # a size of model.py's, or tiny; random weights
+    pairs: str = ''             # a file that prepare.py reads; empty: synthetic pairs, as long as HH-harmless's
+    model: str = 'gpt2'         # a size of model.py's, or tiny
+    device: str = 'auto'
     batch_size: int = 0         # pairs a step; 0: 8 on a CPU, 64 on a GPU
     max_length: int = 512       # tokens of a prompt with one response; a prompt may have half of it
-    tokens_per_batch: int = 0   # of a micro-batch of ours; 0: train.py's default, and in growth 4096 on a CPU
+    tokens_per_batch: int = 0   # of our micro-batches; 0: train.py's default, and in growth 4096 on a CPU
     repeats: int = 3
-    warmup: int = 0             # rounds not counted; 0: 1 on a CPU, 4 on a GPU
-    dtype: str = 'auto'         # auto: bfloat16 too where its products are faster here; float32, bfloat16
-    compile: str = 'auto'       # torch.compile of ours; auto: on a GPU; yes, no
+    warmup: int = 0             # rounds that do not count; 0: 1 on a CPU, 4 on a GPU
+    dtype: str = 'auto'         # float32, bfloat16; auto: bfloat16 on a GPU, on a CPU both if bfloat16 multiplies faster
+    compile: bool | None = None  # torch.compile in both; None: on a GPU
     losses: str = 'dpo,simpo'
     orders: str = 'own,sorted'  # the data's own order; batches of pairs of like length
-    search: bool = True         # try TRL's settings one by one; False: take the first of each
-    lengths: str = ''           # growth: max_lengths; empty: 256,512,1024
+    search: bool = True         # try settings one by one; False: only the first of each
+    lengths: str = '256,512,1024'   # growth: max_length
     steps: str = ''             # growth: pairs a step; empty: 8,32 on a CPU, 8,64,256 on a GPU
-    records: int = 20000        # prepare: records at least; a shorter file is repeated
+    records: int = 20000        # prepare: a shorter file is repeated
     prompts: int = 16           # generate
-    new_tokens: int = 128
+    new_tokens: int = 128       # generate
     peers: bool = True
     profile: bool = False
-    device: str = 'auto'
+
+
+def say(text):
+    print(text, flush=True)
+
+
+def row(section, what, unit, ours, theirs=None, ratios=None, note=''):
+    """A line now, and again in the last table. `ratios`: pairwise, how many times better ours is."""
+    ratio = '' if not ratios else f'{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})'
+    numbers = [f'{ours:,.4g}' if ours < 1e4 else f'{ours:,.0f}', '' if theirs is None else
+               f'{theirs:,.4g}' if theirs < 1e4 else f'{theirs:,.0f}']
+    TABLE.append([section, what, unit, *numbers, ratio, note])
+    say(f'* {section}: {what}: {numbers[0]} {unit}' + (f' against {numbers[1]}' if numbers[1] else '')
+        + (f', ratio {ratio}' if ratio else '') + (f'; {note}' if note else ''))
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # The pairs, the arithmetic they need, the machine
 
 
-def synthetic_lengths(n, seed=0):
-    """(n, 3) lengths of prompt, chosen, rejected with their end of text: log-normals whose mean and deviation of the
-    logarithm are those of HH-harmless's test split (2,312 pairs) under GPT-2's BPE."""
-    return np.exp(np.random.default_rng(seed).normal([4.38, 3.37, 3.56], [1.00, 0.87, 0.93], (n, 3))).astype(int) + 1
+def synthetic_lengths(n):
+    """(n, 3) lengths of prompt, chosen, rejected: log-normals fitted to the token lengths of HH-harmless's test split
+    (2,308 pairs, GPT-2's BPE, end of text included): mean and standard deviation of the lengths' logarithms."""
+    rng = np.random.default_rng(0)
+    return np.maximum(1, np.exp(rng.normal([4.38, 3.37, 3.56], [1.00, 0.87, 0.93], (n, 3))).round().astype(int))
 
 
-def get_pairs(o, folder, max_length, n=4096):
-    """[(prompt, [chosen, rejected]), ...], lists of GPT-2's token ids, in a fixed random order."""
-    cfg = train.Config(dataset=o.pairs, data_dir=os.path.join(folder, 'data'), max_length=max_length,
+def get_pairs(o, max_length, n=4096):
+    """[(prompt, [chosen, rejected]), ...], lists of token ids, in a fixed random order."""
+    cfg = train.Config(dataset=o.pairs, data_dir=os.path.join(o.folder, 'data'), max_length=max_length,
                        max_prompt_length=max_length // 2, val_fraction=0.0, bad_records='skip')
     if o.pairs:
         with open(os.devnull, 'w') as devnull, contextlib.redirect_stdout(devnull):
             pairs = prepare.Pairs(prepare.prepare(cfg), 'train')
-        pairs = [(p.tolist(), [c.tolist(), r.tolist()]) for p, (c, r) in (pairs[i] for i in range(len(pairs)))]
+        pairs = [pairs[i] for i in range(len(pairs))]
     else:
-        rng, pairs = np.random.default_rng(1), []
+        tokens = np.random.default_rng(1)
+        pairs = []
         for sizes in synthetic_lengths(n):
-            p, c, r = (rng.integers(0, 50256, size) for size in sizes)
-            p, (c, r), _ = prepare.truncate(p, [c, r], cfg)
-            pairs.append((p.tolist(), [c.tolist(), r.tolist()]))
+            prompt, *responses = (tokens.integers(0, 50256, size) for size in sizes)
+            pairs.append(prepare.truncate(prompt, responses, cfg)[:2])
     random.Random(2).shuffle(pairs)
-    return pairs
+    return [(prompt.tolist(), [r.tolist() for r in responses]) for prompt, responses in pairs]
 
 
 def draw_batches(pairs, batch_size, order, n):
-    """n batches; sorted: of the whole data laid out by length, at even distances from its shortest to its longest."""
+    """n batches: one after the other, or of pairs of like length, at even distances from the shortest to the longest."""
+    starts = range(0, n * batch_size, batch_size)
     if order == 'sorted':
         pairs = sorted(pairs, key=lambda pair: len(pair[0]) + max(map(len, pair[1])))
-        starts = [int((i + 0.5) / n * (len(pairs) - batch_size)) for i in range(n)]
+        starts = [int((i + 0.5) / n * max(0, len(pairs) - batch_size)) for i in range(n)]
         random.Random(3).shuffle(starts)
-    else:
-        starts = range(0, n * batch_size, batch_size)
-    return [[pairs[i % len(pairs)] for i in range(s, s + batch_size)] for s in starts]
+    return [[pairs[i % len(pairs)] for i in range(start, start + batch_size)] for start in starts]
 
 
 def needed(config, pairs, passes):
-    """Floating-point operations that `passes` forward passes' worth of these pairs need (a backward pass is two)."""
+    """Floating-point operations that these pairs need in `passes` forward passes (a backward pass counts as two)."""
     L, d, V = config['n_layer'], config['n_embd'], config['vocab_size']
     total = 0
     for prompt, (chosen, rejected) in pairs:
@@ -127,20 +146,20 @@ def needed(config, pairs, passes):
     return passes * total
 
 
-def matmul_rate(config, dtype, device, tokens=2048):
-    """FLOP/s of the fastest of the model's own matrix products and a square one, each the best of some."""
-    d, V, square = config['n_embd'], config['vocab_size'], 2048 if device == 'cpu' else 8192
-    tokens, best = tokens if device == 'cpu' else 8 * tokens, 0.0
-    for m, k, n in ((tokens, d, 4 * d), (tokens, 4 * d, d), (tokens // 2, d, V), (square, square, square)):
-        a, b = (torch.randn(*shape, device=device).to(getattr(torch, dtype)) for shape in ((m, k), (k, n)))
+def matmul_rate(config, dtype, device):
+    """FLOP/s of the fastest of the model's own matrix products and a square one, each at its best."""
+    d, V, cpu = config['n_embd'], config['vocab_size'], device == 'cpu'
+    tokens, square, calls, best = (2048, 2048, 1, 0.0) if cpu else (16384, 8192, 10, 0.0)
+    for m, k, n in ((tokens, d, 4 * d), (tokens, 4 * d, d), (tokens // 4, d, V), (square, square, square)):
+        a, b = (torch.randn(shape, device=device).to(getattr(torch, dtype)) for shape in ((m, k), (k, n)))
         out, until = torch.mm(a, b), time.perf_counter() + 0.5
         while time.perf_counter() < until:
             wait(device)
-            t = time.perf_counter()
-            for _ in range(1 if device == 'cpu' else 10):
+            since = time.perf_counter()
+            for _ in range(calls):
                 torch.mm(a, b, out=out)
             wait(device)
-            best = max(best, (1 if device == 'cpu' else 10) * 2 * m * k * n / (time.perf_counter() - t))
+            best = max(best, calls * 2 * m * k * n / (time.perf_counter() - since))
     return best
 
 
@@ -149,9 +168,9 @@ def wait(device):
         torch.cuda.synchronize()
 
 
-def peak_bytes(device):
-    """The most memory that this process has held: the device's, or resident memory. (ru_maxrss would start from the
-    parent's: it outlives exec, and VmHWM does not.)"""
+def peak_memory(device):
+    """The most bytes this process has had: the device's tensors, or resident memory. (ru_maxrss would not do on Linux:
+    a child's starts at its parent's.)"""
     if device == 'cuda':
         return torch.cuda.max_memory_allocated()
     if os.path.exists('/proc/self/status'):
@@ -162,64 +181,55 @@ def peak_bytes(device):
 
 
 def machine(device):
-    """Hardware, versions and commit, in lines."""
+    """Hardware, versions and commit."""
+    def git(*args):
+        done = subprocess.run(['git', '-C', HERE, *args], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ''
     name = platform.processor() or platform.machine()
     if os.path.exists('/proc/cpuinfo'):
         with open('/proc/cpuinfo') as f:
             name = next((line.split(':')[1].strip() for line in f if line.startswith('model name')), name)
-    name = f'{name}, {torch.get_num_threads()} threads'
-    if device == 'cuda':
-        name = f'{torch.cuda.get_device_name()}; {name}'
-
-    def git(*args):
-        done = subprocess.run(['git', '-C', HERE, *args], capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else ''
-    import importlib.metadata as metadata
-    versions = [f'{lib} {metadata.version(lib)}' for lib in ('torch', 'transformers', 'trl', 'tiktoken')
-                if importlib.util.find_spec(lib)]
+    gpu = f'{torch.cuda.get_device_name()}; ' if device == 'cuda' else ''
+    libraries = [f'{lib} {importlib.metadata.version(lib)}' for lib in ('torch', 'transformers', 'trl', 'tiktoken')
+                 if importlib.util.find_spec(lib)]
     commit = git('rev-parse', '--short', 'HEAD') + ('+changes' if git('status', '--porcelain') else '')
-    return f'{name}\npython {platform.python_version()}, {", ".join(versions)}; commit {commit or "unknown"}'
+    return (f'{gpu}{name}, {torch.get_num_threads()} threads; python {platform.python_version()}, {", ".join(libraries)}; '
+            f'commit {commit or "unknown"}')
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # Processes that take turns
 
 
-def start(work, **job):
+@contextlib.contextmanager
+def started(work, **job):
     """A process that runs work(conn, job) and has said that it is ready."""
     context = multiprocessing.get_context('spawn')
-    conn, theirs = context.Pipe()
-    process = context.Process(target=child, args=(work, theirs, job))
+    here, there = context.Pipe()
+    process = context.Process(target=child, args=(work, there, job))
     process.start()
-    theirs.close()
-    c = SimpleNamespace(process=process, conn=conn)
-    hear(c)
-    return c
-
-
-def hear(c):
+    there.close()
+    c = SimpleNamespace(process=process, conn=here)
     try:
-        answer = c.conn.recv()
-    except EOFError:
-        c.process.join()
-        answer = dict(error=f'the process ended with {c.process.exitcode} (out of memory?)')
-    if isinstance(answer, dict) and 'error' in answer:
-        c.process.join()
-        raise RuntimeError(answer['error'])
-    return answer
+        turn(c, None)
+        yield c
+    finally:
+        here.close()
+        process.join()
 
 
 def turn(c, word='go'):
-    c.conn.send(word)
-    return hear(c)
-
-
-def stop(c):
+    """Let the process do what `word` asks for (None: only wait until it is ready) -> its answer."""
     try:
-        c.conn.send(None)
-    except OSError:
-        pass
-    c.process.join()
+        if word:
+            c.conn.send(word)
+        answer = c.conn.recv()
+    except (EOFError, OSError):
+        c.process.join()
+        raise RuntimeError(f'the process ended with {c.process.exitcode}; out of memory?')
+    if isinstance(answer, dict) and 'error' in answer:
+        raise RuntimeError(answer['error'])
+    return answer
 
 
 def child(work, conn, job):
@@ -228,20 +238,34 @@ def child(work, conn, job):
     os.dup2(log, 2)
     try:
         work(conn, SimpleNamespace(**job))
-    except EOFError:      # the parent is gone
+    except (EOFError, BrokenPipeError):      # nobody asks any more
         pass
-    except BaseException as e:
-        conn.send(dict(error=f'{type(e).__name__}: {(str(e).strip().splitlines() or [""])[0][:200]}'))
+    except Exception as e:
+        with contextlib.suppress(OSError):
+            conn.send(dict(error=f'{type(e).__name__}: {" ".join(str(e).split())[:160]}'))
+
+
+def rates(conn, job):
+    train.settle_machine(train.Config(device=job.device))
+    conn.send(None)
+    while True:
+        conn.send(matmul_rate(job.config, conn.recv(), job.device))
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# The step: ours
+# A round of ours
+
+
+def given_reference(pairs):
+    """What both sides take for the reference's log-probs: near a random model's, so that the loss is not just log 2."""
+    return np.array([[-10.9 * len(r) for r in responses] for _, responses in pairs], dtype=np.float32)
 
 
 def our_rounds(job):
-    """A generator: first None, when all is set up, then one round of train.py's own step after the other."""
+    """A generator: None when all is set up, then a round each time, made of train.py's functions as train() calls them."""
+    B = len(job.batches[0])
     cfg = train.Config(loss=job.loss, device=job.device, dtype=job.dtype, compile=job.compile, learning_rate=LR,
-                       batch_size=len(job.batches[0]), tokens_per_batch=job.tokens_per_batch)
+                       batch_size=B, tokens_per_batch=job.tokens_per_batch)
     train.settle_machine(cfg)
     model = GPT.from_pretrained(job.weights).to(cfg.device)
     pairs = [pair for batch in job.batches for pair in batch]
@@ -250,26 +274,26 @@ def our_rounds(job):
         model.hidden = torch.compile(model.hidden, dynamic=cfg.device == 'cpu')
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(cfg.beta1, cfg.beta2), weight_decay=0.0, fused=True)
 
-    def load(k):    # as train.py's load_step does
-        if k >= len(job.batches):
+    def load(k):
+        if k == len(job.batches):
             return []
-        indices = np.arange(k * cfg.batch_size, (k + 1) * cfg.batch_size)
-        return [(batch, torch.tensor(reference[indices[members]]).to(cfg.device) if job.loss == 'dpo' else None,
+        indices = np.arange(k * B, (k + 1) * B)
+        return [(batch, torch.tensor(reference[indices[members]]).to(cfg.device) if cfg.loss == 'dpo' else None,
                  torch.ones(len(members)).to(cfg.device)) for members, batch in train.batches(pairs, indices, 2, cfg)]
     yield None
     waiting = load(0)
     for k in range(len(job.batches)):
         wait(cfg.device)
-        t0, logps = time.perf_counter(), None
-        if job.loss == 'dpo' or k == 0:     # the reference's forward pass; for SimPO only to compare
-            logps = train.score(model, pairs, np.arange(k * cfg.batch_size, (k + 1) * cfg.batch_size), 2, cfg)
-        t1 = time.perf_counter()
+        begin, logps = time.perf_counter(), None
+        if cfg.loss == 'dpo' or k == 0:      # the reference's forward pass; for SimPO only to compare
+            logps = train.score(model, pairs, np.arange(k * B, (k + 1) * B), 2, cfg)
+        middle = time.perf_counter()
         stats = torch.zeros(len(train.STATS), dtype=torch.float64, device=cfg.device)
-        for batch, ref, p in waiting:       # from here on the loop of train.train
+        for batch, ref, p in waiting:
             with train.precision(cfg):
                 sums = batch.sum_by_response(model.token_logps(batch))
             losses, chosen_rewards, rejected_rewards = train.objective(cfg, sums, batch.lengths, ref, p)
-            (losses.sum() / cfg.batch_size).backward()
+            (losses.sum() / B).backward()
             stats += train.statistics(losses, chosen_rewards, rejected_rewards, sums)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         waiting = load(k + 1)
@@ -277,41 +301,40 @@ def our_rounds(job):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         wait(cfg.device)
-        t2 = time.perf_counter()
-        yield dict(reference=t1 - t0 if job.loss == 'dpo' else 0.0, step=t2 - t1, logps=logps,
-                   loss=stats[0].item() / cfg.batch_size, peak=peak_bytes(cfg.device))
-
-
-def given_reference(pairs):
-    """Reference log-probs that both sides are given, near a random model's, so that the loss is not just log 2."""
-    return np.array([[-10.9 * len(r) for r in responses] for _, responses in pairs], dtype=np.float32)
+        yield dict(reference=middle - begin if cfg.loss == 'dpo' else 0.0, step=time.perf_counter() - middle,
+                   logps=logps, loss=stats[0].item() / B, peak=peak_memory(cfg.device))
 
 
 def ours(conn, job):
     rounds = our_rounds(job)
     conn.send(next(rounds))
-    for word in iter(conn.recv, None):
-        conn.send(next(rounds) if word == 'go' else matmul_rate(job.config, job.dtype, job.device))
+    while True:
+        conn.send(next(rounds) if conn.recv() == 'go' else matmul_rate(job.config, job.dtype, job.device))
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# The step: TRL's trainers, their whole loop, held between steps by a callback
+# A round of TRL's
 
 
-# What is tried for TRL, the first value of each first. tuned: train.settle_machine, so glibc keeps freed memory and
-# float32 products go through oneDNN, as ours do. Not tried, and why: padding_free, which TRL 1.16 itself turns off;
-# its gradient checkpointing and activation offloading, which cost time; Liger's loss, which it refuses for DPO.
-# logits_to_keep it has no more: its DPO head is chunked, over response positions alone on a GPU, over all on a CPU.
-def trl_settings(device, dtypes, compiled):
-    if device == 'cpu':
-        return dict(dtype=dtypes, tuned=[True, False], attention=['sdpa', 'eager'], compile=[False])
-    return dict(dtype=dtypes, tuned=[False], compile=[True, False] if compiled else [False],
-                attention=['sdpa'] + ['flash_attention_2'] * bool(importlib.util.find_spec('flash_attn')) + ['eager'],
-                liger=[False] + [True] * bool(importlib.util.find_spec('liger_kernel')))
+def trl_settings(o):
+    """What is tried, the likely best of each first. `rows` is pairs in one forward pass: fewer than a step's, with
+    gradient accumulation, need less padding. `tuned` is train.settle_machine, what we do for ourselves: glibc keeps
+    freed memory, and float32 products go through oneDNN. Not tried: padding_free, which TRL 1.16 itself turns off;
+    activation offloading and gradient checkpointing, which cost time; Liger's fused loss, which it refuses."""
+    B = o.batch_size
+    if o.device == 'cpu':
+        axes = dict(dtype=o.dtypes, rows=[1, B, max(1, B // 4)], attention=['sdpa', 'eager'], tuned=[True, False],
+                    compile=[o.compile])
+    else:
+        flash = ['flash_attention_2'] * bool(importlib.util.find_spec('flash_attn'))
+        axes = dict(dtype=o.dtypes, rows=[B, max(1, B // 4)], attention=['sdpa'] + flash, tuned=[False],
+                    compile=[o.compile] + [False] * o.compile,
+                    liger=[False] + [True] * bool(importlib.util.find_spec('liger_kernel')))
+    return {name: list(dict.fromkeys(values))[:None if o.search else 1] for name, values in axes.items()}
 
 
 def trl(conn, job):
-    """One round for each word that comes through `conn`: the trainer's train() runs until its next on_step_end."""
+    """The trainer's train(), held between its steps until the next word comes through `conn`."""
     if job.tuned:
         train.settle_machine(train.Config(device=job.device))
     from datasets import Dataset
@@ -321,32 +344,17 @@ def trl(conn, job):
     from trl.experimental.cpo import CPOConfig, CPOTrainer
     B, dpo = len(job.batches[0]), job.loss == 'dpo'
     pairs = [pair for batch in job.batches for pair in batch]
-    end = '<|endoftext|>'
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({end: 50256}, unk_token=end)),
-                                        eos_token=end, pad_token=end)    # only its padding is ever asked for
-    model = AutoModelForCausalLM.from_pretrained(job.weights, attn_implementation=job.attention, dtype=torch.float32)
-    options = dict(
-        output_dir=os.path.join(job.folder, 'trl'), per_device_train_batch_size=B, max_steps=len(job.batches),
-        train_sampling_strategy='sequential', learning_rate=LR, lr_scheduler_type='constant', weight_decay=0.0,
-        optim='adamw_torch_fused', max_grad_norm=1.0, bf16=job.dtype == 'bfloat16', use_cpu=job.device == 'cpu',
-        gradient_checkpointing=False, logging_strategy='no', logging_nan_inf_filter=False, save_strategy='no',
-        report_to='none', disable_tqdm=True, torch_compile=job.compile, use_liger_kernel=getattr(job, 'liger', False),
-        dataloader_num_workers=0 if job.device == 'cpu' else 2, dataloader_pin_memory=job.device == 'cuda')
 
-    class Kept:                 # what the trainers are given in place of text: the same token ids as ours
-        def training_step(self, *args, **kwargs):
-            self.kept_loss = super().training_step(*args, **kwargs)
-            return self.kept_loss
-
-    class DPO(Kept, DPOTrainer):
-        def _prepare_dataset(self, dataset, *args, **kwargs):
+    # two methods of each trainer give way: the tokens are those of ours, and the reference's pass is timed by the round
+    class DPO(DPOTrainer):
+        def _prepare_dataset(self, dataset, *args):
             return dataset
 
-        def _precompute_ref_logps(self, dataset, *args, **kwargs):
-            return dataset      # given as columns; its forward pass is timed below, round by round
+        def _precompute_ref_logps(self, dataset, *args):
+            return dataset
 
-    class CPO(Kept, CPOTrainer):
-        def tokenize_row(self, feature, model=None):
+    class CPO(CPOTrainer):
+        def tokenize_row(self, feature):
             prompt, responses = pairs[int(feature['prompt'])]
             row = dict(prompt_input_ids=prompt, prompt_attention_mask=[1] * len(prompt))
             for side, r in zip(('chosen', 'rejected'), responses):
@@ -354,38 +362,53 @@ def trl(conn, job):
                         f'{side}_labels': [-100] * len(prompt) + r}
             return row
 
-    reference = given_reference(pairs)
+    options = dict(
+        output_dir=os.path.join(job.folder, 'trl'), max_steps=len(job.batches), per_device_train_batch_size=job.rows,
+        gradient_accumulation_steps=B // job.rows,
+        train_sampling_strategy='sequential', learning_rate=LR, lr_scheduler_type='constant', weight_decay=0.0,
+        optim='adamw_torch_fused', max_grad_norm=1.0, bf16=job.dtype == 'bfloat16', use_cpu=job.device == 'cpu',
+        gradient_checkpointing=False, logging_strategy='no', logging_nan_inf_filter=False, save_strategy='no',
+        report_to='none', disable_tqdm=True, torch_compile=job.compile, use_liger_kernel=getattr(job, 'liger', False),
+        dataloader_num_workers=0 if job.device == 'cpu' else 2, dataloader_pin_memory=job.device == 'cuda')
     if dpo:
+        reference = given_reference(pairs).tolist()
         data = Dataset.from_dict(dict(
-            prompt_ids=[p for p, _ in pairs], chosen_ids=[r[0] for _, r in pairs], rejected_ids=[r[1] for _, r in pairs],
-            ref_chosen_logps=reference[:, 0].tolist(), ref_rejected_logps=reference[:, 1].tolist()))
-        config = DPOConfig(beta=0.1, loss_type='sigmoid', precompute_ref_log_probs=True, max_length=None, **options)
+            prompt_ids=[p for p, _ in pairs], chosen_ids=[c for _, (c, _) in pairs], rejected_ids=[r for _, (_, r) in pairs],
+            ref_chosen_logps=[c for c, _ in reference], ref_rejected_logps=[r for _, r in reference]))
+        config = DPOConfig(beta=0.1, precompute_ref_log_probs=True, max_length=None, **options)
     else:
         data = Dataset.from_dict(dict(prompt=[str(i) for i in range(len(pairs))], chosen=[''] * len(pairs),
                                       rejected=[''] * len(pairs)))
-        config = CPOConfig(beta=2.0, simpo_gamma=0.5, loss_type='simpo', cpo_alpha=0.0, max_length=4096,
-                           remove_unused_columns=False, **options)
+        config = CPOConfig(loss_type='simpo', beta=2.0, simpo_gamma=0.5, cpo_alpha=0.0, remove_unused_columns=False, **options)
+    end = '<|endoftext|>'
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({end: 50256}, unk_token=end)),
+                                        eos_token=end, bos_token=end, pad_token=end)    # asked only for its padding
+    model = AutoModelForCausalLM.from_pretrained(job.weights, attn_implementation=job.attention, dtype=torch.float32)
     trainer = (DPO if dpo else CPO)(model=model, args=config, train_dataset=data, processing_class=tokenizer)
-    now = SimpleNamespace(round=0, since=0.0, seconds=0.0, logps=None)
+    done = SimpleNamespace(rounds=0, middle=0.0, reference=0.0, logps=None, loss=0.0)
+    training_step = trainer.training_step
 
-    def begin():                # wait for the turn; the reference's pass, and the clock of the step
-        if conn.recv() is None:
-            raise EOFError
+    def keep_loss(*args, **kwargs):
+        loss = training_step(*args, **kwargs)
+        done.loss += loss
+        return loss
+
+    def begin():      # wait for the word; then the reference's pass
+        conn.recv()
         wait(job.device)
-        t, now.logps = time.perf_counter(), None
-        if dpo or now.round == 0:
-            rows = [trainer.train_dataset[i] for i in range(now.round * B, (now.round + 1) * B)]
+        since, parts = time.perf_counter(), []
+        for start in range(done.rounds * B, (done.rounds + 1) * B if dpo or done.rounds == 0 else 0, job.rows):
+            rows = [trainer.train_dataset[i] for i in range(start, start + job.rows)]
             batch = trainer._prepare_inputs(trainer.data_collator(rows))
             if dpo:
                 logps = trainer.compute_ref_log_probs(trainer.model, batch)
-            else:
+            else:         # only to compare
                 with torch.no_grad(), trainer.accelerator.autocast():
                     logps = trainer.concatenated_forward(trainer.model, batch)[:2]
-            now.logps = torch.stack(logps, dim=1).float().cpu().numpy()
-            del batch, logps
-        wait(job.device)
-        now.since = time.perf_counter()
-        now.seconds = now.since - t if dpo else 0.0
+            parts.append(torch.stack(logps, dim=1).float().cpu().numpy())
+        done.logps, done.loss = np.concatenate(parts) if parts else None, 0.0
+        done.middle = time.perf_counter()
+        done.reference = done.middle - since if dpo else 0.0
 
     class Turns(TrainerCallback):
         def on_train_begin(self, *args, **kwargs):
@@ -394,21 +417,23 @@ def trl(conn, job):
 
         def on_step_end(self, *args, **kwargs):
             wait(job.device)
-            conn.send(dict(reference=now.seconds, step=time.perf_counter() - now.since, logps=now.logps,
-                           loss=trainer.kept_loss.item(), peak=peak_bytes(job.device)))
-            now.round += 1
+            conn.send(dict(reference=done.reference, step=time.perf_counter() - done.middle, logps=done.logps,
+                           loss=float(done.loss), peak=peak_memory(job.device)))
+            done.rounds += 1
             begin()
 
+    trainer.training_step = keep_loss
     trainer.add_callback(Turns())
     trainer.train()
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Sections step and memory
+# Sections step, memory, growth
 
 
 def describe(settings):
-    words = [settings['dtype'], settings.get('attention'), *(w for w in ('compile', 'tuned', 'liger') if settings.get(w))]
+    rows = settings.get('rows')
+    words = [settings['dtype'], settings.get('attention'), rows and f'{rows} pairs a forward', *(w for w in ('compile', 'tuned', 'liger') if settings.get(w))]
     return ' '.join(filter(None, words))
 
 
@@ -417,84 +442,313 @@ def seconds(result):
 
 
 def search(work, axes, job, warmup):
-    """The fastest settings, changing one at a time from the first of each axis. -> [(seconds, peak, settings), ...] of
-    those that ran, fastest first."""
-    tried, best = [], {name: values[0] for name, values in axes.items()}
-
-    def measure(settings):
-        took = math.inf
+    """Settings changed one at a time, from the first of each axis, and kept where faster. -> [(seconds, peak memory,
+    settings), ...] of those that ran, fastest first."""
+    tried, best, least = [], {name: values[0] for name, values in axes.items()}, math.inf
+    candidates = [best] + [{name: value} for name, values in axes.items() for value in values[1:]]
+    for change in candidates:
+        settings = best | change
+        what = f'  {work.__name__}, {job["loss"]}, {describe(settings)}: '
         try:
             with started(work, **job | settings) as c:
                 last = [turn(c) for _ in range(warmup + 1)][-1]
-            took, pairs = seconds(last), len(job['batches'][0])
-            tried.append((took, last['peak'], settings))
-            say(f'  {work.__name__}, {job["loss"]}, {describe(settings)}: {pairs / took:.2f} pairs/s (of {took:.2f} s a step '
-                f'{last["reference"]:.2f} for the reference), {last["peak"] / 2**30:.2f} GiB')
         except RuntimeError as e:
-            say(f'  {work.__name__}, {job["loss"]}, {describe(settings)}: does not run here ({e})')
-        return took
-    least = measure(best)
-    for name, values in axes.items():
-        for value in values[1:]:
-            took = measure(best | {name: value})
-            if took < least:
-                best, least = best | {name: value}, took
+            say(f'{what}does not run here ({e})')
+            continue
+        took = seconds(last)
+        tried.append((took, last['peak'], settings))
+        say(f'{what}{len(job["batches"][0]) / took:.2f} pairs/s: step {last["step"]:.2f} s, reference '
+            f'{last["reference"]:.2f} s; at most {last["peak"] / 2**30:.2f} GiB')
+        if took < least:
+            best, least = settings, took
     return sorted(tried, key=lambda t: t[0])
 
 
-def steps(o, repeats, orders):
-    """Ours and TRL's, each at its fastest settings, in turn: yields a dictionary for each objective and order."""
+def contests(o, repeats, orders):
+    """Ours and TRL's, each at its fastest settings, taking turns; yields what came of it for each objective and order."""
     peers, n = o.peers and importlib.util.find_spec('trl'), o.warmup + repeats
     for loss in o.losses.split(','):
-        job = dict(o.job, loss=loss, tokens_per_batch=o.tokens_per_batch or 16384)
+        job, our, their = dict(o.job, loss=loss, tokens_per_batch=o.tokens_per_batch or 16384), None, []
         for order in orders.split(','):
-            job['batches'] = draw_batches(o.data, o.batch_size, order, n)
-            if order == orders.split(',')[0]:
-                our = search(ours, dict(dtype=o.dtypes, compile=[o.compiled]), job, o.warmup)
-                their = search(trl, trl_settings(o), job, o.warmup) if peers else []
+            job['batches'] = batches = draw_batches(o.data, o.batch_size, order, n)
+            our = our or search(ours, dict(dtype=o.dtypes, compile=[o.compile]), job, o.warmup)
+            if peers:       # in another order only the pairs in a forward pass may be worth another choice
+                axes = trl_settings(o)
+                if their:
+                    axes = {k: axes[k] if k == 'rows' else [v] for k, v in their[0][2].items()}
+                their = search(trl, axes, job, o.warmup)
             with contextlib.ExitStack() as stack:
                 a = stack.enter_context(started(ours, **job | our[0][2]))
                 b = stack.enter_context(started(trl, **job | their[0][2])) if their else None
-                both = [(turn(a), turn(b) if b else None) for _ in range(n)]
+                mine, other = zip(*[(turn(a), turn(b) if b else None) for _ in range(n)])
                 rate = turn(a, 'rate')
-            mine, other = zip(*both)
             if their:
-                say('  ' + agreement(mine, other, job['batches'], loss))
-            yield dict(loss=loss, order=order, batches=job['batches'][o.warmup:], rate=rate, our=our, their=their,
-                       mine=mine[o.warmup:], other=other[o.warmup:] if their else None)
-
-
-def agreement(mine, other, batches, loss):
-    """A line: how far apart the two sides' losses are in every step, and log-probs (summed over a response) before any."""
-    lengths = np.array([[len(r) for r in responses] for _, responses in batches[0]])
-    theirs = other[0]['logps'] * (lengths if loss == 'simpo' else 1)
-    gap = np.abs(mine[0]['logps'] - theirs)
-    apart = max(abs(m['loss'] - t['loss']) for m, t in zip(mine, other))
-    return (f'same numbers? losses {mine[0]["loss"]:.5f} and {other[0]["loss"]:.5f} in the first step, at most {apart:.0e} apart in '
-            f'{len(mine)}; log-probs {gap.max():.0e} nats apart, {(gap / np.abs(theirs)).max():.0e} of them'
-            + ('' if apart < 1e-3 else ': NOT THE SAME'))
+                lengths = np.array([[len(r) for r in responses] for _, responses in batches[0]])
+                gap = np.abs(mine[0]['logps'] - other[0]['logps'] * (lengths if loss == 'simpo' else 1))
+                apart = max(abs(m['loss'] - t['loss']) for m, t in zip(mine, other))
+                say(f'  the same numbers? first loss {mine[0]["loss"]:.5f} and {other[0]["loss"]:.5f}, at most {apart:.1e} '
+                    f'apart in {n} steps; log-probs of a response at most {gap.max():.1e} nats apart, mean {gap.mean():.1e}'
+                    + ('' if apart < 1e-3 or our[0][2]['dtype'] == 'bfloat16' else ': NO, THEY DIFFER'))
+            yield SimpleNamespace(loss=loss, order=order, batches=batches[o.warmup:], rate=rate, our=our, their=their,
+                                  mine=mine[o.warmup:], other=other[o.warmup:] if their else None)
 
 
 def step(o):
-    for r in steps(o, o.repeats, o.orders):
-        mine, passes, pairs = [seconds(m) for m in r['mine']], 4 if r['loss'] == 'dpo' else 3, o.batch_size * o.repeats
-        used = sum(needed(o.config, batch, passes) for batch in r['batches']) / r['rate']
-        what = f'{r["loss"]}, {"batches by length" if r["order"] == "sorted" else "data\'s order"}'
-        our, other = r['our'][0][2], None
-        if r['other']:
-            other = [seconds(t) for t in r['other']]
-            what += f'; TRL {describe(r["their"][0][2])}'
-        row('step', f'{what}; ours {describe(our)}', 'pairs/s', [pairs / sum(mine)], other and [pairs / sum(other)],
-            other and [b / a for a, b in zip(mine, other)],
-            f'utilisation {used / sum(mine):.0%}' + (f' and {used / sum(other):.1%}' if other else '')
-            + f' of {r["rate"] / 1e9:,.0f} GFLOP/s')
-        o.steps_done.append(r)
+    for c in contests(o, o.repeats, o.orders):
+        o.contests.append(c)
+        mine, other = [seconds(r) for r in c.mine], [seconds(r) for r in c.other or ()]
+        pairs = o.batch_size * o.repeats
+        limit = sum(needed(o.config, b, 4 if c.loss == 'dpo' else 3) for b in c.batches) / c.rate    # seconds at the rate
+        what = f'{c.loss}, {"sorted by length" if c.order == "sorted" else "own order"}, ours {describe(c.our[0][2])}'
+        note = f'utilisation {limit / sum(mine):.0%}' + (f', TRL {limit / sum(other):.0%}' if other else '')
+        row('step', what + (f', TRL {describe(c.their[0][2])}' if other else ''), 'pairs/s', pairs / sum(mine),
+            pairs / sum(other) if other else None, [t / m for m, t in zip(mine, other)],
+            f'{note} of {c.rate / 1e9:,.0f} GFLOP/s')
 
 
 def memory(o):
-    for r in o.steps_done or steps(o, 1, 'own'):
-        if r['order'] != 'own':
+    for c in [c for c in o.contests if c.order == 'own'] or contests(o, 1, 'own'):
+        mine = c.mine[-1]['peak'] / 2**30
+        what = f'{c.loss}, {o.batch_size} pairs a step, ours {describe(c.our[0][2])}'
+        if not c.other:
+            row('memory', what, 'GiB', mine)
             continue
-        mine = max(m['peak'] for m in r['mine']) / 2**30
-        row('memory', f'{r["loss"]}; ours {describe(r["our"][0][2])}', 'GiB', [mine], *([
-            [max(t['peak'] for t in r['other']) / 2**30], None, f'TRL {describe(r["their"][0][2])}']) if r['other'] else ())
+        other = c.other[-1]['peak'] / 2**30
+        row('memory', f'{what}, TRL {describe(c.their[0][2])}', 'GiB', mine, other, [other / mine], 'TRL otherwise: ' + ', '.join(
+            f'{peak / 2**30:.2f} ({describe(settings)})' for _, peak, settings in c.their[1:]))
+
+
+def growth(o):
+    cpu = o.device == 'cpu'
+    for length in map(int, o.lengths.split(',')):
+        data = get_pairs(o, length)
+        for pairs in map(int, (o.steps or ('8,32' if cpu else '8,64,256')).split(',')):
+            batches = draw_batches(data, pairs, 'own', o.warmup + o.repeats)
+            job = dict(o.job, loss='dpo', batches=batches, dtype=o.dtypes[0], compile=o.compile,
+                       tokens_per_batch=o.tokens_per_batch or (4096 if cpu else 16384))
+            try:
+                with started(ours, **job) as c:
+                    results = [turn(c) for _ in batches][o.warmup:]
+                    rate = turn(c, 'rate')
+            except RuntimeError as e:
+                say(f'  max_length {length}, {pairs} pairs a step: does not run here ({e})')
+                continue
+            speeds = [pairs / seconds(r) for r in results]
+            used = sum(needed(o.config, b, 4) for b in batches[o.warmup:]) / rate / sum(seconds(r) for r in results)
+            tokens = np.mean([len(p) + len(c) + len(r) for b in batches for p, (c, r) in b])
+            row('growth', f'dpo, max_length {length}, {pairs} pairs a step, {job["dtype"]}', 'pairs/s', statistics.median(speeds),
+                note=f'{min(speeds):.2f} to {max(speeds):.2f}; {tokens:.0f} tokens a pair; at most '
+                     f'{results[-1]["peak"] / 2**30:.2f} GiB; utilisation {used:.0%}')
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Sections prepare, generate, start
+
+WORDS = ('the of and to a in is it you that he was for on are with as his they be at one have this from or had by hot but '
+         'some what there we can out other were all your when up use word how said an each she which do their time if will '
+         'way about many then them would write like so these her long make thing see him two has look more day could go come '
+         'did my sound no most number who over know water than call first people may down side been now find any new work').split()
+
+
+def text_file(o, records):
+    """A .jsonl file of that many records: of the pairs' file, repeated as often as it takes, or of random words."""
+    path = os.path.join(o.folder, f'texts-{records}.jsonl')
+    with open(path, 'wb') as f:
+        if o.pairs:
+            lines = [raw for _, raw in prepare.read_source(o.pairs)]
+            lines = [raw if isinstance(raw, bytes) else json.dumps(raw).encode() for raw in lines]
+            f.writelines(line.rstrip() + b'\n' for line in itertools.islice(itertools.cycle(lines), records))
+        else:
+            rng = random.Random(4)
+            for sizes in synthetic_lengths(records).tolist():
+                prompt, chosen, rejected = (' '.join(rng.choices(WORDS, k=n)) for n in sizes)
+                f.write(json.dumps(dict(prompt=f'\n\nHuman: {prompt}\n\nAssistant:', chosen=f' {chosen}.',
+                                        rejected=f' {rejected}!')).encode() + b'\n')
+    return path
+
+
+def preparing(conn, job):
+    tokenizer, cores = prepare.get_tokenizer('gpt2'), len(os.sched_getaffinity(0))
+    texts = []
+    for _, raw in prepare.read_source(job.path):
+        with contextlib.suppress(prepare.InputError):
+            prompt, responses, *_ = prepare.read_record(json.loads(raw))
+            texts += [prompt, *responses]
+    tokens = sum(map(len, tokenizer.encode_ordinary_batch(texts, num_threads=cores)))
+    conn.send(None)
+    for k in itertools.count():
+        conn.recv()
+        begin = time.perf_counter()
+        prepare.prepare(train.Config(dataset=job.path, data_dir=os.path.join(job.folder, f'prepared-{k}'), bad_records='skip'))
+        middle = time.perf_counter()
+        tokenizer.encode_ordinary_batch(texts, num_threads=cores)
+        conn.send((tokens, middle - begin, time.perf_counter() - middle, cores))
+
+
+def prepare_(o):
+    with started(preparing, folder=o.folder, path=text_file(o, o.records)) as c:
+        tokens, mine, other, cores = zip(*[turn(c) for _ in range(1 + o.repeats)][1:])
+    row('prepare', f'{o.records:,} records, gpt2 BPE, {cores[0]} cores, against tiktoken', 'tokens/s',
+        tokens[0] / statistics.median(mine), tokens[0] / statistics.median(other), [t / m for m, t in zip(mine, other)])
+
+
+def generating(conn, job):
+    """The same prompts, the same number of greedy tokens; the end of text ends nothing."""
+    train.settle_machine(train.Config(device=job.device))
+    dtype, longest = getattr(torch, job.dtype), max(map(len, job.prompts))
+    model = GPT.from_pretrained(job.weights).to(job.device, dtype)
+    model.config.eos_token_id = -1
+    conn.send(None)
+    if job.peer:
+        import transformers
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(job.weights, dtype=dtype).to(job.device).eval()
+        pad = [[0] * (longest - len(p)) for p in job.prompts]
+        tokens = torch.tensor([zeros + p for zeros, p in zip(pad, job.prompts)], device=job.device)
+        mask = torch.tensor([zeros + [1] * len(p) for zeros, p in zip(pad, job.prompts)], device=job.device)
+        theirs.generation_config.eos_token_id = None
+        options = dict(max_new_tokens=job.new_tokens, do_sample=False, pad_token_id=0, cache_implementation=job.cache)
+    while True:
+        conn.recv()
+        wait(job.device)
+        begin = time.perf_counter()
+        mine = model.generate(job.prompts, job.new_tokens, temperature=0)
+        wait(job.device)
+        middle = time.perf_counter()
+        other = theirs.generate(tokens, attention_mask=mask, **options)[:, longest:].tolist() if job.peer else mine
+        wait(job.device)
+        end = time.perf_counter()
+        rows = sum(a == b for a, b in zip(mine, other))
+        assert all(len(r) == job.new_tokens for r in mine + other)
+        conn.send((middle - begin, end - middle, rows))
+
+
+def generate(o):
+    prompts = [prompt for prompt, _ in o.data[:o.prompts]]
+    peer = o.peers and bool(importlib.util.find_spec('transformers'))
+    kinds = [('float32', None)] + [('bfloat16', cache) for cache in (None, 'static') if o.device == 'cuda']
+    for dtype, cache in kinds:
+        try:
+            with started(generating, **o.job, prompts=prompts, new_tokens=o.new_tokens, dtype=dtype, cache=cache, peer=peer) as c:
+                mine, other, rows = zip(*[turn(c) for _ in range(o.warmup + o.repeats)][o.warmup:])
+        except RuntimeError as e:
+            say(f'  generate, {dtype}, cache {cache}: does not run here ({e})')
+            continue
+        n = o.prompts * o.new_tokens
+        row('generate', f'{o.prompts} prompts, {o.new_tokens} new tokens, {dtype}, transformers with a {cache or "dynamic"} cache',
+            'tokens/s', n / statistics.median(mine), *([n / statistics.median(other), [t / m for m, t in zip(mine, other)],
+                                                        f'{rows[-1]} of {o.prompts} rows equal'] if peer else []))
+
+
+def start(o):
+    """The second of two runs, so that data and reference are there, as they are from the second run of any sweep on."""
+    config = [path for path in [os.path.join(HERE, 'config', 'dpo_gpt2.py')] if os.path.exists(path)]
+    data = text_file(o, 8 * o.batch_size)
+    for compiled in sorted({False, o.compile}):
+        took = []
+        for _ in range(2):
+            command = [sys.executable, '-u', os.path.join(HERE, 'train.py'), *config] + [f'--{k}={v}' for k, v in dict(
+                init_from=o.weights, dataset=data, data_dir=os.path.join(o.folder, 'data'), bad_records='skip', loss='dpo',
+                out_dir=os.path.join(o.folder, 'run'), overwrite=True, batch_size=o.batch_size, max_length=o.max_length,
+                max_prompt_length=o.max_length // 2, device=o.device, compile=compiled).items()]
+            begin = time.perf_counter()
+            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+                said = []
+                for line in process.stdout:
+                    said.append(line.strip())
+                    if 'first step after' in line:
+                        took.append((time.perf_counter() - begin, line[line.index('first step after'):].strip()))
+                        break
+                process.kill()
+            if not took:
+                return say(f'  start: train.py did not come to its first step: {said[-1] if said else "it said nothing"}')
+        row('start', f'{o.batch_size} pairs a step, compile {"on" if compiled else "off"}, data and reference there', 's',
+            took[-1][0], note=f'train.py: {took[-1][1]}; before they were there {took[0][0]:.1f} s')
+
+
+def profile(o):
+    """torch.profiler's table of the second round of ours, in this process."""
+    batches = draw_batches(o.data, o.batch_size, 'own', o.warmup + 1)
+    rounds = our_rounds(SimpleNamespace(**o.job, batches=batches, loss=o.losses.split(',')[0], dtype=o.dtypes[0],
+                                        compile=o.compile, tokens_per_batch=o.tokens_per_batch or 16384))
+    for _ in range(1 + o.warmup):
+        next(rounds)
+    with torch.profiler.profile() as p:
+        next(rounds)
+    by = 'self_cuda_time_total' if o.device == 'cuda' else 'self_cpu_time_total'
+    say(p.key_averages(group_by_input_shape=False).table(sort_by=by, row_limit=20, max_name_column_width=40))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The command
+
+SECTIONS = dict(step=step, memory=memory, growth=growth, prepare=prepare_, generate=generate, start=start)
+
+
+def parse(argv):
+    """['step', '--batch_size=8', ...] -> (sections, Options)"""
+    o, sections = Options(), []
+    for arg in argv:
+        name, equals, value = arg.removeprefix('--').partition('=')
+        if arg in (*SECTIONS, 'all'):
+            sections += SECTIONS if arg == 'all' else [arg]
+        elif arg.startswith('--') and equals and name in vars(o):
+            kind = dataclasses.fields(Options)[list(vars(o)).index(name)].type
+            if kind is not str:
+                with contextlib.suppress(ValueError, SyntaxError):
+                    value = ast.literal_eval(value)
+                if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+                    sys.exit(f'error: --{name}={value} is not of type {getattr(kind, "__name__", kind)}')
+            setattr(o, name, value)
+        else:
+            sys.exit(f'error: {arg!r} is neither one of {", ".join(SECTIONS)}, all, nor --name=value of {", ".join(vars(o))}')
+    return list(dict.fromkeys(sections)) or ([] if o.profile else list(SECTIONS)), o
+
+
+def main(argv):
+    sections, o = parse(argv)
+    if o.model not in (*SIZES, 'tiny'):
+        sys.exit(f'error: model: {o.model!r} is not one of tiny, {", ".join(SIZES)}')
+    o.device = ('cuda' if torch.cuda.is_available() else 'cpu') if o.device == 'auto' else o.device
+    o.batch_size = o.batch_size or (8 if o.device == 'cpu' else 64)
+    o.warmup = o.warmup or (1 if o.device == 'cpu' else 4)
+    o.compile = o.device == 'cuda' if o.compile is None else o.compile
+    o.contests = []
+    TABLE.clear()
+    say(head := machine(o.device))
+    with tempfile.TemporaryDirectory() as o.folder:
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(**SIZES.get(o.model, dict(n_layer=2, n_head=2, n_embd=64))))
+        o.weights, o.config = os.path.join(o.folder, 'weights'), dataclasses.asdict(model.config)
+        model.save_pretrained(o.weights)
+        o.job = dict(folder=o.folder, weights=o.weights, config=o.config, device=o.device)
+        try:
+            o.data = get_pairs(o, o.max_length)
+        except prepare.InputError as e:
+            sys.exit(f'error: {e}')
+        lengths = [[len(p), len(c), len(r)] for p, (c, r) in o.data]
+        say(f'{len(o.data):,} {"pairs of the file" if o.pairs else "synthetic pairs"}, mean lengths of prompt, chosen, rejected '
+            f'{", ".join(f"{x:.0f}" for x in np.mean(lengths, axis=0))}; {o.model}, {model.num_params():,} parameters, random weights')
+        del model
+        with started(rates, **o.job) as c:
+            speed = {dtype: turn(c, dtype) for dtype in ('float32', 'bfloat16')}
+        say('matrix products: ' + ', '.join(f'{d} {r / 1e9:,.0f} GFLOP/s' for d, r in speed.items()))
+        o.dtypes = [o.dtype] if o.dtype != 'auto' else ['bfloat16'] if o.device == 'cuda' else ['float32']
+        if o.dtype == 'auto' and o.device == 'cpu' and speed['bfloat16'] > 1.2 * speed['float32']:
+            o.dtypes.insert(0, 'bfloat16')
+        for section in sections:
+            try:
+                SECTIONS[section](o)
+            except (RuntimeError, prepare.InputError) as e:
+                say(f'  {section}: does not run here ({e})')
+        if o.profile:
+            profile(o)
+    if TABLE:
+        say(f'\n{head}\n')
+        lines = [['section', 'what', 'unit', 'ours', 'theirs', 'times better', 'note']] + TABLE
+        lines.insert(1, ['---'] * len(lines[0]))
+        for line in lines:
+            say('| ' + ' | '.join(line) + ' |')
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])

@@ -151,7 +151,7 @@ def frontier_at(rewards, kl):
     return reward, math.exp(high), size
 
 
-def place(policy, reference, cfg, prompts=64, samples=64, reference_samples=256, seed=7):
+def place(policy, reference, cfg, prompts=32, samples=128, reference_samples=256, seed=7):
     """Where a policy lies beside the frontier, on prompts of its own -> a dictionary of figures."""
     import train
     some = draw_prompts(prompts, seed)

@@ -38,3 +38,79 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
     rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
     losses = preference_loss(chosen_rewards - rejected_rewards, label_smoothing, p)
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
+
+
+def robust_dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
+                    beta=0.1, label_smoothing=0.1):
+    """Robust DPO (Chowdhury et al. 2024, arXiv:2403.00409, equation 12): unbiased where a share eps of labels is flipped,
+
+        loss = [(1 - eps) l(y_w, y_l) - eps l(y_l, y_w)] / (1 - 2 eps),    l = DPO's loss, eps = label_smoothing
+
+    In expectation over the flips it is DPO's loss on clean labels; a single pair's may be negative.
+    """
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f'label_smoothing {label_smoothing} is not between 0 and 0.5')
+    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
+    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
+    z = chosen_rewards - rejected_rewards
+    losses = ((1 - label_smoothing) * -F.logsigmoid(z) + label_smoothing * F.logsigmoid(-z)) / (1 - 2 * label_smoothing)
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+
+
+def ipo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
+             chosen_lengths, rejected_lengths, beta=0.1, length_average=False):
+    """Identity preference optimisation (Azar et al. 2023, arXiv:2310.12036, equation 17):
+
+        loss = (h - 1/(2 beta))^2,    h = log pi/pi_ref(y_w|x) - log pi/pi_ref(y_l|x)
+
+    beta is the paper's tau. The paper's log-probs are sums, and so are these; TRL divides each by its response's
+    length, and so does `length_average`. The rewards shown are beta log pi/pi_ref.
+    """
+    chosen = policy_chosen_logps - reference_chosen_logps
+    rejected = policy_rejected_logps - reference_rejected_logps
+    if length_average:
+        chosen, rejected = chosen / chosen_lengths, rejected / rejected_lengths
+    losses = (chosen - rejected - 1 / (2 * beta)) ** 2
+    return losses, beta * chosen.detach(), beta * rejected.detach()
+
+
+def rdpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
+              chosen_lengths, rejected_lengths, beta=0.1, alpha=0.01):
+    """Length-regularised DPO, R-DPO (Park et al. 2024, arXiv:2403.19159, equation 9):
+
+        loss = -log sigma(beta log pi/pi_ref(y_w|x) - beta log pi/pi_ref(y_l|x) + alpha |y_w| - alpha |y_l|)
+
+    It is DPO for the reward r(x,y) - alpha |y|: alpha, in reward per token, is what a longer answer costs.
+    """
+    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
+    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
+    losses = -F.logsigmoid(chosen_rewards - rejected_rewards + alpha * (chosen_lengths - rejected_lengths))
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+
+
+def kto_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
+             beta=0.1, reference_point=0.0):
+    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024, arXiv:2402.01306, equation 8) on pairs:
+
+        loss = [1 - sigma(r_w - z)] + [1 - sigma(z - r_l)],    r = beta log pi/pi_ref
+
+    with both weights 1. In the paper z is beta KL(pi||pi_ref), estimated over a batch and clamped at 0 from below;
+    here it is the constant `reference_point`, as a batch's estimate would make a pair's loss depend on its neighbours.
+    """
+    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
+    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
+    losses = (reference_point - chosen_rewards).sigmoid() + (rejected_rewards - reference_point).sigmoid()
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+
+
+def plackett_luce_loss(policy_logps, reference_logps, beta=0.1):
+    """DPO on rankings of K responses, best first (Rafailov et al. 2023, appendix A.3, equation 20): (B, K) tensors,
+
+        loss = -sum_k log [exp(r_k) / sum_{j >= k} exp(r_j)],    r = beta log pi/pi_ref
+
+    DPO is the case K = 2. The rewards returned are those of the best and of the worst.
+    """
+    rewards = beta * (policy_logps - reference_logps)
+    left = rewards.flip(1).logcumsumexp(1).flip(1)      # log of the sum over those not yet placed
+    losses = (left - rewards).sum(1)
+    return losses, rewards[:, 0].detach(), rewards[:, -1].detach()

@@ -3,23 +3,23 @@ Preference pairs, from anywhere, to token files that train.py maps into memory.
 
     python prepare.py Anthropic/hh-rlhf:harmless-base      # the hub; a subset after the colon
     python prepare.py my_pairs.jsonl.gz --show=3           # look first, write nothing
-    python prepare.py config/dpo_gpt2.py --max_length=640  # with a config's settings; train.py does this by itself
+    python prepare.py config/dpo_gpt2.py --split=test      # as a config says; train.py does this by itself
 
 Sources: `demo`; a local .jsonl, .jsonl.gz, .json (one list) or .parquet file; any data set of the hub.
 Records, told apart by their keys:
 
-    {"prompt": "...", "chosen": "...", "rejected": "..."}                strings, taken byte for byte
-    {"chosen": "\\n\\nHuman: ...", "rejected": "\\n\\nHuman: ..."}           transcripts: the prompt is what they share
-    {"chosen": [{"role": ..., "content": ...}, ...], "rejected": [...]}  chats, with or without "prompt"
-    {"instruction": "...", "input": "...", "chosen": "...", "rejected": "..."}  Alpaca
-    {"prompt": "...", "responses": ["best", ..., "worst"]}               a ranking of K
-    {"prompt": "...", "chosen": "..."}                                   no comparison: for loss = 'sft' alone
+    {"prompt": "...", "chosen": "...", "rejected": "..."}           strings, taken byte for byte
+    {"chosen": "\\n\\nHuman: ...", "rejected": "\\n\\nHuman: ..."}  transcripts: the prompt is what they share
+    {"chosen": [{"role": ..., "content": ...}], "rejected": [...]}  chats, with or without "prompt"
+    {"instruction": "...", "input": "...", "chosen": ..., ...}      Alpaca
+    {"prompt": "...", "responses": ["best", ..., "worst"]}          a ranking of K
+    {"prompt": "...", "chosen": "..."}                              no comparison: for loss = 'sft' alone
 
 and with any of them "p", the probability that chosen is better, or "chosen_score" and "rejected_score".
 
-Written to data/NAME-KEY/ (KEY: a hash of the settings), each split as tokens end to end and a table of where they
-are, plus meta.json. Nothing is cleaned: a bad record stops the run with its line number (or is left out and counted:
---bad_records=skip), and what truncation costs is printed.
+Written to data/NAME-KEY/ (KEY: a hash of the settings), each split as tokens end to end and a table of where
+they are, plus meta.json. Nothing is cleaned: a bad record stops the run with its line number (or is left out
+and counted: --bad_records=skip), and what truncation costs is printed.
 Left out: cleaning, deduplication, mixing of sources, chat templates of other models.
 """
 import contextlib
@@ -50,7 +50,7 @@ CHUNK = 2**20           # bytes of records that one worker takes at a time
 
 
 class InputError(ValueError):
-    """What a user can mend: a file, a key, a value. The message is one line; the commands print it and exit with 1."""
+    """What a user can mend: a file, a key, a value. One line; the commands print it and exit with 1."""
 
 
 def first_line(e):
@@ -70,7 +70,7 @@ def get_tokenizer(name):
         return tiktoken.Encoding('byte', pat_str=r'[\s\S]{1,400}', special_tokens={END: 256},
                                  mergeable_ranks={bytes([i]): i for i in range(256)})
     if name not in tiktoken.list_encoding_names():
-        raise InputError(f'tokenizer: {name!r} is not one of byte, {", ".join(tiktoken.list_encoding_names())}')
+        raise InputError(f'tokenizer: {name!r} is none of byte, {", ".join(tiktoken.list_encoding_names())}')
     try:
         return tiktoken.get_encoding(name)
     except Exception as e:    # whatever the download raised
@@ -104,7 +104,7 @@ def number_of(record, key):
 
 
 def write_chat(messages, key):
-    """[{role, content}, ...] -> '\\n\\nHuman: ...\\n\\nAssistant: ...', the one template here, in HH's own form."""
+    """[{role, content}, ...] -> '\\n\\nHuman: ...\\n\\nAssistant: ...', the one template here."""
     out = ''
     for m in messages:
         role, content = (m.get('role'), m.get('content')) if isinstance(m, dict) else (m, None)
@@ -116,7 +116,7 @@ def write_chat(messages, key):
 
 
 def split_chats(record):
-    """Chosen and rejected as lists of messages; the prompt explicit (a list or a string), or what the two share."""
+    """Chosen and rejected as lists of messages; the prompt a list, a string, or what the two share."""
     chats = [record.get('chosen'), record.get('rejected')]
     if not all(isinstance(chat, list) and chat for chat in chats):
         raise InputError("'chosen' and 'rejected' must both be lists of messages, or both strings")
@@ -134,16 +134,17 @@ def split_chats(record):
         text, answer = write_chat(chat[shared:], key), chat[shared:]
         if not answer or any(ROLES[m['role']] != 'Assistant' or not m['content'].strip()
                              for m in (answer[0], answer[-1])):
-            raise InputError(f"{key!r}: after the prompt must come, first and last, an assistant's message, not blank")
+            raise InputError(f"{key!r}: what follows the prompt must begin and end with an assistant's "
+                             'message that is not blank')
         responses.append(text.removeprefix(ASSISTANT))
     return prompt_text, responses
 
 
 def split_transcripts(chosen, rejected):
-    """Two whole transcripts: the prompt is what they share, cut after its last 'Assistant:'. -> also notes."""
+    """Two whole transcripts: the prompt is what they share, cut after its last 'Assistant:'. With notes."""
     at = chosen.rfind(ASSISTANT, 0, len(os.path.commonprefix([chosen, rejected])))
     if at < 0:
-        raise InputError("no 'prompt', and 'chosen' and 'rejected' are no transcripts that share an '\\n\\nAssistant:'")
+        raise InputError("no 'prompt', and 'chosen' and 'rejected' share nothing up to an 'Assistant:'")
     at += len(ASSISTANT)
     responses = [chosen[at:], rejected[at:]]
     notes = ['transcripts that part before their last turn'] * any('\n\nHuman:' in r for r in responses)
@@ -152,7 +153,7 @@ def split_transcripts(chosen, rejected):
 
 
 def read_record(record, template='', label_from_scores=False):
-    """One record of any shape -> (prompt, responses, p, notes): strings, best response first; notes are counted.
+    """A record of any shape -> (prompt, responses with the best first, p, notes, which are counted).
 
     Raises InputError, which names the key that is missing, empty or of the wrong type.
     """
@@ -171,7 +172,7 @@ def read_record(record, template='', label_from_scores=False):
             prompt = text_of(record, 'prompt')
         if record.get('responses') is not None:
             if not isinstance(record['responses'], list) or not record['responses']:
-                raise InputError(f"'responses' is {short(record['responses'])}, not a list of strings, best first")
+                raise InputError(f"'responses' is {short(record['responses'])}, not a list, best first")
             responses = [text_of({'responses': r}, 'responses') for r in record['responses']]
         else:
             responses = [text_of(record, key) for key in ('chosen', 'rejected')[:1 + ('rejected' in record)]]
@@ -220,7 +221,7 @@ def read_list(path):
         with open(path, encoding='utf-8') as f:
             text, at = f.read(CHUNK).lstrip(), 1
             if not text.startswith('['):
-                raise InputError(f'{name}: a .json file must be one list of records, and this one begins with '
+                raise InputError(f'{name}: a .json file must be one list of records, and this one begins '
                                  f'{text[:8]!r}; one record per line is .jsonl')
             while not text.startswith(']', at := space.match(text, at).end()):
                 try:
@@ -228,7 +229,8 @@ def read_list(path):
                 except (ValueError, RecursionError) as e:     # perhaps only cut by the block's end
                     block = f.read(CHUNK)
                     if not block or len(text) - at > MAX_LINE:
-                        raise InputError(f'{name} record {count + 1}: not valid JSON ({getattr(e, "msg", e)})')
+                        why = getattr(e, 'msg', e)
+                        raise InputError(f'{name} record {count + 1}: not valid JSON ({why})')
                     text, at = text[at:] + block, 0
                 else:
                     raw, at, count = text[at:end], end, count + 1
@@ -253,7 +255,7 @@ def read_parquet(path):
 
 
 def read_hub(source, split):
-    """owner/name or owner/name:subset of the hub, streamed. HH's subsets are folders, others' are configurations."""
+    """owner/name or owner/name:subset of the hub, streamed. HH's subsets are folders, others' are named."""
     import datasets
     name, _, subset = source.partition(':')
     where = {'data_dir': subset or None} if name == 'Anthropic/hh-rlhf' else {'name': subset or None}
@@ -263,12 +265,12 @@ def read_hub(source, split):
             split = 'train_prefs' if 'train_prefs' in splits else 'train'
         for count, record in enumerate(datasets.load_dataset(name, split=split, streaming=True, **where)):
             yield f'{source} {split} record {count + 1}', record
-    except Exception as e:    # no network, no such data set, no such split: the library's errors share no class
+    except Exception as e:    # no network, no such data set, no such split: errors that share no class
         raise InputError(f'{source}: no such file, and the hub did not give it ({first_line(e)})')
 
 
 def read_source(source, split=''):
-    """A stream of (where, raw) from a path or a hub name; raw is a line of bytes, or an object already parsed."""
+    """A path or a hub name -> a stream of (where, raw); raw is bytes of JSON, or an object already parsed."""
     readers = {'.jsonl': read_lines, '.jsonl.gz': read_lines, '.json': read_list, '.parquet': read_parquet}
     for ending, reader in readers.items():
         if source.endswith(ending):
@@ -278,7 +280,8 @@ def read_source(source, split=''):
                 raise InputError(f'split: {split!r} is for data sets of the hub, and {source} is a file')
             return reader(source)
     if os.path.exists(source) or source.count('/') != 1:
-        raise InputError(f'{source}: neither a {", ".join(readers)} file, nor prepared data, nor owner/name of the hub')
+        raise InputError(f'{source}: neither a {", ".join(readers)} file, nor prepared data, nor '
+                         'owner/name of the hub')
     return read_hub(source, split)
 
 
@@ -310,7 +313,7 @@ def parse(raw):
         raise InputError(f'not valid JSON ({e.msg} at column {e.colno})')
     except InputError:    # of unique_keys
         raise
-    except (ValueError, RecursionError) as e:    # an integer of thousands of digits, a list in a list in a list ...
+    except (ValueError, RecursionError) as e:    # thousands of digits, or of brackets
         raise InputError(f'not valid JSON ({e})')
 
 
@@ -319,8 +322,9 @@ def parse(raw):
 
 
 def index_dtype(K):
-    """A row of the table: where a pair's tokens begin, its record's number in the source, its label, its lengths."""
-    return np.dtype([('offset', '<u8'), ('id', '<u8'), ('p', '<f4'), ('prompt', '<u4'), ('responses', '<u4', (K,))])
+    """A row of the table: where a pair's tokens begin, its record's number in the source, its p, lengths."""
+    return np.dtype([('offset', '<u8'), ('id', '<u8'), ('p', '<f4'),
+                     ('prompt', '<u4'), ('responses', '<u4', (K,))])
 
 
 def encode(tokenizer, text, key):
@@ -333,8 +337,8 @@ def encode(tokenizer, text, key):
 
 
 def truncate(prompt, responses, cfg):
-    """Token arrays -> (prompt, responses, notes). The prompt loses its start, a response its end (and with it the
-    end of text), or the pair is dropped: responses None."""
+    """Token arrays -> (prompt, responses, notes). The prompt loses its start, a response its end (and with it
+    the end of text), or the pair is dropped: responses None."""
     notes = []
     if len(prompt) > cfg.max_prompt_length:
         prompt = prompt[len(prompt) - cfg.max_prompt_length:]
@@ -351,13 +355,14 @@ def truncate(prompt, responses, cfg):
 
 
 def encode_pair(record, tokenizer, cfg):
-    """-> (prompt's tokens, responses' tokens, p, hashes of the prompt and of the pair, notes on what happened); the
+    """-> (prompt's tokens, responses' tokens, p, hashes of prompt and pair, notes on what happened); the
     responses are None where the pair is dropped."""
     prompt, texts, p, notes = read_record(record, cfg.template, cfg.label_from_scores)
     names = ('chosen', 'rejected') if len(texts) <= 2 else ('responses',) * len(texts)
     tokens = encode(tokenizer, prompt, 'prompt')
     responses = [np.append(encode(tokenizer, t, name), tokenizer.eot_token) for t, name in zip(texts, names)]
-    hashes = [hashlib.blake2b(part.encode(), digest_size=8).digest() for part in (prompt, '\0'.join([prompt, *texts]))]
+    hashes = [hashlib.blake2b(text.encode(), digest_size=8).digest()
+              for text in (prompt, '\0'.join([prompt, *texts]))]
     if len(set(texts)) == 1 < len(texts):
         return tokens, None, p, hashes, [*notes, 'dropped: chosen and rejected identical']
     tokens, responses, cut = truncate(tokens, responses, cfg)
@@ -371,8 +376,8 @@ FILES = ('train.bin', 'train.idx', 'val.bin', 'val.idx')
 
 
 def encode_chunk(chunk, cfg):
-    """[(id, where, raw), ...] -> ({split: (tokens, table)}, hashes of the pairs, counts, the first bad record). Runs
-    in a worker."""
+    """[(id, where, raw), ...] -> ({split: (tokens, table)}, hashes of the pairs, counts, first bad record).
+    Runs in a worker."""
     tokenizer = get_tokenizer(cfg.tokenizer)
     parts = {'train': ([], []), 'val': ([], [])}
     counts, pair_hashes, K, first_bad = Counter(read=len(chunk)), [], None, ''
@@ -413,7 +418,7 @@ def chunks_of(source):
 
 
 def in_parallel(chunks, cfg):
-    """encode_chunk over a stream of chunks, in order, with no more of them in memory than keep the cores busy."""
+    """encode_chunk of every chunk, in order, with no more of them in memory than keep the cores busy."""
     first = list(itertools.islice(chunks, 2))
     chunks = itertools.chain(first, chunks)
     workers = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
@@ -435,12 +440,12 @@ def in_parallel(chunks, cfg):
 def prepare(cfg):
     """Make the token files of cfg.dataset, unless they are there, and return their folder.
 
-    `cfg` has the fields in SETTINGS, and data_dir. Raises InputError at the first bad record; nothing is left behind.
+    `cfg` has the fields in SETTINGS, and data_dir. Raises InputError at a bad record; nothing is left behind.
     """
     if os.path.exists(os.path.join(cfg.dataset, 'meta.json')):      # prepared before, given by its folder
         return cfg.dataset
     source = source_of(cfg)
-    stream = read_source(source, cfg.split)                         # says at once where there is no such thing
+    stream = read_source(source, cfg.split)                         # says at once that there is none
     settings = {name: getattr(cfg, name) for name in SETTINGS}
     stamp = [os.stat(source).st_size, os.stat(source).st_mtime_ns] if os.path.isfile(source) else []
     key = hashlib.sha256(json.dumps([FORMAT, settings, stamp], sort_keys=True).encode()).hexdigest()[:8]
@@ -487,17 +492,18 @@ def write_files(stream, part, settings):
                 files[f'{split}.bin'].write(tokens)
                 files[f'{split}.idx'].write(table)
     if first_bad:
-        counts[f'dropped: bad records, of which the first is {first_bad}'] = counts.pop('dropped: bad records')
+        counts[f'dropped: bad records, the first of them {first_bad}'] = counts.pop('dropped: bad records')
     if not kept:
         what = ''.join(f'; {n} {note}' for note, n in counts.items() if note.startswith('dropped'))
         raise InputError(f'{cfg.dataset}: no pair is left of {counts["read"]} records{what}')
-    table = np.concatenate([np.fromfile(os.path.join(part, f'{split}.idx'), index_dtype(K)) for split in kept])
+    table = np.concatenate([np.fromfile(os.path.join(part, f'{s}.idx'), index_dtype(K)) for s in kept])
     lengths = np.column_stack([table['prompt'], table['responses']])    # (pairs, 1 + K)
     tokenizer = get_tokenizer(cfg.tokenizer)
-    meta = dict(format=FORMAT, settings=settings, responses=K, n_vocab=tokenizer.n_vocab, eos=tokenizer.eot_token,
-                token_bytes=2 if tokenizer.n_vocab <= 2**16 else 4, longest_pair=int(lengths.sum(1).max()),
-                pairs={s: kept[s] for s in ('train', 'val')}, tokens={s: tokens_kept[s] for s in ('train', 'val')},
-                duplicates=len(hashes) // 8 - len(np.unique(np.frombuffer(hashes, '<u8'))), counts=dict(counts),
+    duplicates = len(hashes) // 8 - len(np.unique(np.frombuffer(hashes, '<u8')))
+    meta = dict(format=FORMAT, settings=settings, n_vocab=tokenizer.n_vocab, eos=tokenizer.eot_token,
+                token_bytes=2 if tokenizer.n_vocab <= 2**16 else 4, responses=K,
+                longest_pair=int(lengths.sum(1).max()), duplicates=duplicates, counts=counts,
+                pairs=dict(train=0, val=0) | kept, tokens=dict(train=0, val=0) | tokens_kept,
                 sha256={name: file_hash(os.path.join(part, name)) for name in FILES})
     with open(os.path.join(part, 'meta.json'), 'w', encoding='utf-8') as f:
         json.dump(meta | dict(seal=seal(meta)), f, indent=1)
@@ -505,7 +511,7 @@ def write_files(stream, part, settings):
 
 
 def report(meta, lengths):
-    """What became of the records, as a table: what was read, kept, cut and dropped, and the lengths that remain."""
+    """What became of the records: a table of what was read, kept, cut, dropped, and of the lengths left."""
     counts, pairs = dict(meta['counts']), meta['pairs']
     lines = [f'{counts.pop("read"):>9,} records read',
              f'{sum(pairs.values()):>9,} kept: {pairs["train"]:,} to train on, {pairs["val"]:,} to validate, '
@@ -546,14 +552,14 @@ def read_meta(folder):
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
         raise InputError(f'{path}: not the meta.json of prepared data ({first_line(e)})')
     if number != FORMAT:
-        raise InputError(f'{path}: format {number}, this version reads {FORMAT}; delete the folder to prepare anew')
+        raise InputError(f'{path}: format {number}, this version reads {FORMAT}; delete the folder')
     if not whole:
-        raise InputError(f'{path}: changed since it was prepared; delete the folder to prepare anew')
+        raise InputError(f'{path}: changed since it was prepared; delete the folder')
     return meta
 
 
 class Pairs:
-    """One split of prepared data, mapped into memory. pairs[i] -> (prompt, [response, ...]), arrays of token ids."""
+    """One split of prepared data, mapped into memory. pairs[i] -> (prompt, [response, ...]): token ids."""
 
     def __init__(self, folder, split):
         self.folder, self.split, self.meta = folder, split, read_meta(folder)
@@ -565,7 +571,7 @@ class Pairs:
         """Checked first: reading a gigabyte takes a second, and training on changed data takes the run."""
         path = os.path.join(self.folder, name)
         if not os.path.isfile(path) or file_hash(path) != self.meta['sha256'][name]:
-            raise InputError(f'{path}: missing, or changed since it was prepared; delete the folder to prepare anew')
+            raise InputError(f'{path}: missing, or changed since it was prepared; delete the folder')
         return np.memmap(path, dtype, mode='r') if os.path.getsize(path) else np.zeros(0, dtype)
 
     def __len__(self):
@@ -583,7 +589,7 @@ class Pairs:
 
 
 def show(cfg, n):
-    """Print the first n records as training will see them: `|` where the response begins, what was cut, the mask."""
+    """Print the first n records as training will see them: `|` where a response begins, what was cut."""
     tokenizer = get_tokenizer(cfg.tokenizer)
     for where, raw in itertools.islice(read_source(source_of(cfg), cfg.split), n):
         try:

@@ -6,11 +6,14 @@ Every function takes (B,) tensors and returns (losses, chosen_rewards, rejected_
 
     python train.py config/simpo_demo.py --loss=simpo --gamma=1.0
 """
+import torch
+import torch.nn.functional as F
+
 from dpo import preference_loss
 
 
 def simpo_loss(policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths,
-               beta=2.0, gamma=0.5, label_smoothing=0.0, p=None):
+               beta=2.0, gamma=0.5, label_smoothing=0.0, p=None, sft_weight=0.0):
     """Simple preference optimisation (Meng et al. 2024, arXiv:2405.14734, equation 6):
 
         loss = -log sigma(beta/|y_w| log pi(y_w|x) - beta/|y_l| log pi(y_l|x) - gamma)
@@ -18,12 +21,61 @@ def simpo_loss(policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejec
     The reward is beta times the mean log-prob of a response's tokens; `gamma` is the margin, in units of reward, by
     which chosen is asked to win (the paper tunes gamma/beta, 0.3 to 0.5 for the most part). `label_smoothing` and `p`
     as in dpo_loss; they weigh the two sides of z = r_w - r_l - gamma, so the margin stays on chosen's side, as in the
-    authors' code.
+    authors' code. `sft_weight` adds the chosen response's mean negative log-likelihood, times it (their appendix).
     """
     chosen_rewards = beta * policy_chosen_logps / chosen_lengths
     rejected_rewards = beta * policy_rejected_logps / rejected_lengths
     losses = preference_loss(chosen_rewards - rejected_rewards - gamma, label_smoothing, p)
+    if sft_weight:
+        losses = losses - sft_weight * policy_chosen_logps / chosen_lengths
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
+
+
+def cpo_loss(policy_chosen_logps, policy_rejected_logps, beta=0.1, sft_weight=1.0):
+    """Contrastive preference optimisation (Xu et al. 2024, arXiv:2401.08417, equation 5): DPO with a uniform reference,
+    held in place by the chosen response's likelihood,
+
+        loss = -log sigma(beta log pi(y_w|x) - beta log pi(y_l|x)) - sft_weight log pi(y_w|x)
+    """
+    chosen_rewards, rejected_rewards = beta * policy_chosen_logps, beta * policy_rejected_logps
+    losses = -F.logsigmoid(chosen_rewards - rejected_rewards) - sft_weight * policy_chosen_logps
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+
+
+def orpo_loss(policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths, beta=0.1):
+    """Odds-ratio preference optimisation (Hong et al. 2024, arXiv:2403.07691, equations 6 and 7):
+
+        loss = -log P(y_w) - beta log sigma(log odds(y_w) - log odds(y_l)),    log P(y) = 1/|y| log pi(y|x),
+        odds = P / (1 - P)
+
+    beta is the paper's lambda.
+    """
+    chosen, rejected = policy_chosen_logps / chosen_lengths, policy_rejected_logps / rejected_lengths
+    # 1 - P loses all its digits where P is near 1: log(1 - exp(x)) by expm1
+    odds = (chosen - rejected) - (torch.log(-torch.expm1(chosen)) - torch.log(-torch.expm1(rejected)))
+    losses = -chosen - beta * F.logsigmoid(odds)
+    return losses, beta * chosen.detach(), beta * rejected.detach()
+
+
+def slic_loss(policy_chosen_logps, policy_rejected_logps, delta=1.0, sft_weight=1.0):
+    """Sequence likelihood calibration, SLiC-HF (Zhao et al. 2023, arXiv:2305.10425, equation 1):
+
+        loss = max(0, delta - log pi(y_w|x) + log pi(y_l|x)) - sft_weight log pi(y_w|x)
+
+    The paper regularises towards a model's own SFT target; here, as in SimPO's comparison, it is the chosen response.
+    """
+    losses = F.relu(delta - policy_chosen_logps + policy_rejected_logps) - sft_weight * policy_chosen_logps
+    return losses, policy_chosen_logps.detach(), policy_rejected_logps.detach()
+
+
+def rrhf_loss(policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths, sft_weight=1.0):
+    """Rank responses to align human feedback, RRHF (Yuan et al. 2023, arXiv:2304.05302, equations 2 to 4), on pairs:
+
+        loss = max(0, 1/|y_l| log pi(y_l|x) - 1/|y_w| log pi(y_w|x)) - sft_weight log pi(y_w|x)
+    """
+    chosen, rejected = policy_chosen_logps / chosen_lengths, policy_rejected_logps / rejected_lengths
+    losses = F.relu(rejected - chosen) - sft_weight * policy_chosen_logps
+    return losses, chosen.detach(), rejected.detach()
 
 
 def sft_loss(policy_chosen_logps):

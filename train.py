@@ -34,6 +34,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import dpo
@@ -41,7 +42,12 @@ import simpo
 from model import GPT, GPTConfig, block_mask, load_checkpoint, pack
 from prepare import InputError, Pairs, get_tokenizer, prepare
 
-LOSSES = {'sft': simpo.sft_loss, 'dpo': dpo.dpo_loss, 'simpo': simpo.simpo_loss}
+LOSSES = {'sft': simpo.sft_loss, 'dpo': dpo.dpo_loss, 'robust_dpo': dpo.robust_dpo_loss, 'ipo': dpo.ipo_loss,
+          'rdpo': dpo.rdpo_loss, 'kto': dpo.kto_loss, 'plackett_luce': dpo.plackett_luce_loss,
+          'simpo': simpo.simpo_loss, 'cpo': simpo.cpo_loss, 'orpo': simpo.orpo_loss, 'slic': simpo.slic_loss,
+          'rrhf': simpo.rrhf_loss}
+OPTIONS = sorted({name for loss in LOSSES.values() for name, p in inspect.signature(loss).parameters.items()
+                  if p.default is not inspect.Parameter.empty and name != 'p'})    # what some objective can be told
 
 
 @dataclass
@@ -71,14 +77,21 @@ class Config:
     label_from_scores: bool = False     # p = sigma(chosen_score - rejected_score)
     data_dir: str = 'data'
     # the objective; None leaves an option at the objective's own default (see dpo.py, simpo.py)
-    loss: str = 'dpo'                   # sft, dpo, simpo
+    loss: str = 'dpo'                   # sft; with a reference: dpo, robust_dpo, ipo, rdpo, kto, plackett_luce;
+                                        # without: simpo, cpo, orpo, slic, rrhf
     beta: float | None = None           # dpo: 0.1, the KL constraint's weight; simpo: 2.0, the reward's scale
     gamma: float | None = None          # simpo: 0.5, the target margin
-    label_smoothing: float | None = None  # 0.0; the share of labels taken to be flipped
+    delta: float | None = None          # slic: 1.0, its margin
+    alpha: float | None = None          # rdpo: 0.01, what a token costs
+    label_smoothing: float | None = None  # the share of labels taken to be flipped
+    length_average: bool | None = None  # ipo: divide log-ratios by the lengths, as TRL does and the paper does not
+    reference_point: float | None = None  # kto: 0.0, the reward that counts as neither gain nor loss
+    sft_weight: float | None = None     # cpo, slic, rrhf: 1.0; simpo: 0.0; weight of the chosen response's likelihood
     reference: str | None = None        # 'cached': its log-probs computed once and kept on disk; 'live': every step
     # optimisation
     batch_size: int = 64                # pairs per step
-    tokens_per_batch: int = 16384       # tokens per micro-batch: bounds the memory, leaves the result alone
+    tokens_per_batch: int = 0           # tokens per micro-batch: bounds the memory, leaves the result alone; 0: 16384
+                                        # on cuda, 2048 on a cpu
     learning_rate: float = 1e-6
     schedule: str = 'cosine'            # after the warm-up: cosine or linear to min_lr, or constant
     warmup_iters: int = 0
@@ -163,12 +176,12 @@ def check_config(cfg):
     for name, allowed in choices.items():
         if getattr(cfg, name) not in allowed:
             raise InputError(f'{name}: {getattr(cfg, name)!r} is not one of {", ".join(map(repr, filter(None, allowed)))}')
-    for name in ('n_layer', 'n_head', 'n_embd', 'block_size', 'max_prompt_length', 'batch_size', 'tokens_per_batch',
-                 'eval_interval', 'log_interval'):
+    for name in ('n_layer', 'n_head', 'n_embd', 'block_size', 'max_prompt_length', 'batch_size', 'eval_interval',
+                 'log_interval'):
         if getattr(cfg, name) < 1:
             raise InputError(f'{name}: {getattr(cfg, name)} is less than 1')
     for name in ('learning_rate', 'warmup_iters', 'min_lr', 'max_iters', 'epochs', 'weight_decay', 'grad_clip', 'eval_pairs',
-                 'beta', 'gamma', 'label_smoothing', 'val_fraction', 'seed'):
+                 'tokens_per_batch', 'val_fraction', 'seed', 'beta', 'delta', 'label_smoothing', 'sft_weight'):
         if (getattr(cfg, name) or 0) < 0:
             raise InputError(f'{name}: {getattr(cfg, name)} is less than 0')
     for name, limit in dict(val_fraction=1.0, label_smoothing=0.5, beta1=1.0, beta2=1.0).items():
@@ -178,13 +191,13 @@ def check_config(cfg):
         raise InputError(f'max_prompt_length: {cfg.max_prompt_length} leaves no room for a response in max_length {cfg.max_length}')
     if {'max_iters', 'epochs'} <= cfg.given and cfg.max_iters:
         raise InputError('max_iters, epochs: give one of the two')
-    ignored = {name for name in ('beta', 'gamma', 'label_smoothing') if name not in loss_parameters(cfg.loss)}
+    ignored = set(OPTIONS) - set(loss_parameters(cfg.loss))
     ignored |= {'reference'} if not needs_reference(cfg.loss) else set()
     ignored |= {'n_layer', 'n_head', 'n_embd', 'block_size'} if cfg.init_from != 'scratch' else set()
     for name in sorted(ignored & cfg.given):
         if getattr(cfg, name) is not None:
-            raise InputError(f'{name}: ignored with ' + (f'loss = {cfg.loss!r}' if name in (
-                'beta', 'gamma', 'label_smoothing', 'reference') else f"init_from = {cfg.init_from!r} ('scratch' uses it)"))
+            by = f'loss = {cfg.loss!r}' if name in (*OPTIONS, 'reference') else f'init_from = {cfg.init_from!r}'
+            raise InputError(f'{name}: ignored with {by}')
 
 
 def needs_reference(loss):
@@ -197,15 +210,15 @@ def objective(cfg, logps, lengths, reference_logps, p):
     The objective gets what its signature names: log-probs, lengths, and its options where the config sets them.
     """
     given = dict(policy_chosen_logps=logps[:, 0], policy_rejected_logps=logps[:, -1],
-                 chosen_lengths=lengths[:, 0], rejected_lengths=lengths[:, -1], p=p,
-                 beta=cfg.beta, gamma=cfg.gamma, label_smoothing=cfg.label_smoothing)
+                 chosen_lengths=lengths[:, 0], rejected_lengths=lengths[:, -1], p=p, policy_logps=logps)
+    given |= {name: getattr(cfg, name) for name in OPTIONS}
     if reference_logps is not None:
-        given |= dict(reference_chosen_logps=reference_logps[:, 0], reference_rejected_logps=reference_logps[:, -1])
+        given |= dict(reference_logps=reference_logps, reference_chosen_logps=reference_logps[:, 0], reference_rejected_logps=reference_logps[:, -1])
     names = loss_parameters(cfg.loss)
     return LOSSES[cfg.loss](**{k: v for k, v in given.items() if k in names and v is not None})
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The data of a step
 
 
@@ -215,40 +228,59 @@ def permutation(n, seed, epoch):
 
 
 def step_indices(step, n, batch_size, seed):
-    """The pairs of a step: a slice of the epochs' permutations laid end to end, so it needs no state to resume."""
+    """The pairs of a step: a slice of the epochs' permutations laid end to end, so there is no state to resume."""
     at = np.arange(step * batch_size, (step + 1) * batch_size)
     return np.array([permutation(n, seed, int(i) // n)[int(i) % n] for i in at])
 
 
 def micro_batches(sizes, tokens_per_batch):
-    """Sizes of pairs in tokens -> lists of positions, each list within tokens_per_batch: first fit, longest first."""
-    bins = []
-    for i in np.argsort(-np.asarray(sizes), kind='stable'):
-        for b in bins:
-            if b[0] + sizes[i] <= tokens_per_batch:
-                b[0] += sizes[i]
-                b[1].append(int(i))
-                break
-        else:
-            bins.append([sizes[i], [int(i)]])
+    """Sizes of pairs in tokens -> lists of positions, each within tokens_per_batch: first fit, longest first."""
+    bins = []                                              # [tokens, positions]
+    for i in np.argsort(-np.asarray(sizes), kind='stable').tolist():
+        b = next((b for b in bins if b[0] + sizes[i] <= tokens_per_batch), None)
+        if b is None:
+            bins.append(b := [0, []])
+        b[0] += sizes[i]
+        b[1].append(i)
     return [b[1] for b in bins]
 
 
 def batches(pairs, indices, K, cfg):
-    """The pairs at `indices`, with their first K responses, as packed batches on the device: (positions in `indices`,
-    Batch), ... On a GPU with compile they are padded to one shape."""
-    drawn = [pairs[i] for i in indices]
-    drawn = [(prompt, responses[:K]) for prompt, responses in drawn]
+    """The pairs at `indices`, with their first K responses, as packed batches on the device: yields (positions in
+    `indices`, Batch). Where compiled for a GPU they are padded to one shape."""
+    drawn = [(prompt, responses[:K]) for prompt, responses in (pairs[i] for i in indices)]
     sizes = [len(prompt) + sum(map(len, responses)) for prompt, responses in drawn]
+    fixed = cfg.compile and cfg.device == 'cuda'
     for members in micro_batches(sizes, cfg.tokens_per_batch):
-        fixed = cfg.compile and cfg.device == 'cuda'
         batch = pack([drawn[i] for i in members], pad_to=cfg.tokens_per_batch if fixed else 0).to(cfg.device)
-        if fixed:
-            batch.mask = block_mask(batch)
+        batch.mask = block_mask(batch) if fixed else None
         yield members, batch
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
+# Several processes: torchrun --nproc_per_node=N train.py ...  Each takes every N-th pair; sums are exchanged.
+
+RANK, WORLD = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+
+
+def add_up(tensor):
+    """The sum of a tensor over all processes, in place."""
+    if WORLD > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def wait():
+    if WORLD > 1:
+        dist.barrier()
+
+
+def say(text):
+    if RANK == 0:
+        tqdm.write(text)
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Scoring, and the reference
 
 
@@ -258,30 +290,31 @@ def precision(cfg):
 
 @torch.no_grad()
 def score(model, pairs, indices, K, cfg, what='scoring'):
-    """log pi(y|x) of the first K responses of the pairs at `indices`: (n, K) float32 on the host."""
-    out = np.zeros((len(indices), K), dtype=np.float32)
-    with tqdm(total=len(indices), desc=what, unit=' pairs', disable=None, leave=False) as bar:
-        for start in range(0, len(indices), 256):    # so many at a time are sorted into full batches
-            some = indices[start:start + 256]
-            for members, batch in batches(pairs, some, K, cfg):
+    """log pi(y|x) of the first K responses of the pairs at `indices`: (n, K) float32, on the host."""
+    out = torch.zeros(len(indices), K, device=cfg.device)
+    mine = np.arange(RANK, len(indices), WORLD)
+    with tqdm(total=len(mine), desc=what, unit=' pairs', disable=None if RANK == 0 else True, leave=False) as bar:
+        for start in range(0, len(mine), 256):             # so many at a time are sorted into full batches
+            some = mine[start:start + 256]
+            for members, batch in batches(pairs, indices[some], K, cfg):
                 with precision(cfg):
-                    logps = batch.sum_by_response(model.token_logps(batch))
-                out[start + np.array(members)] = logps.cpu().numpy()
+                    out[some[members]] = batch.sum_by_response(model.token_logps(batch))
                 bar.update(len(members))
-    return out
+    return add_up(out).cpu().numpy()
 
 
 def fingerprint(model):
     """A hash of a model's weights."""
     h = hashlib.sha256()
     for name, t in model.state_dict().items():
-        h.update(name.encode() + t.cpu().contiguous().numpy().tobytes())
+        h.update(name.encode())
+        h.update(t.cpu().contiguous().numpy())
     return h.hexdigest()
 
 
 def cached_reference(model, pairs, indices, cfg):
-    """The reference's log-probs of the pairs at `indices`, computed where the cache lacks them: an (n, K) array mapped
-    from a file beside the data. A zero there means not computed yet (log-probs are below it). The key holds all that
+    """The reference's log-probs of the pairs at `indices`, computed where the cache lacks them: an (n, K) array,
+    mapped from a file beside the data. Zero means not computed yet: a log-prob is below it. The key holds all that
     the numbers depend on, so a sweep over beta or the learning rate pays once."""
     K, n = pairs.meta['responses'], len(pairs)
     key = hashlib.sha256(f'{fingerprint(model)} {pairs.hash} {cfg.dtype} {cfg.device}'.encode()).hexdigest()[:12]
@@ -291,63 +324,75 @@ def cached_reference(model, pairs, indices, cfg):
     table = np.memmap(path, dtype='<f4', mode='r+', shape=(n, K))
     missing = np.unique(indices)
     missing = missing[(table[missing] == 0).any(axis=1)]
-    for start in range(0, len(missing), 4096):       # what an interruption can lose
+    wait()                                                 # until every process has looked
+    for start in range(0, len(missing), 4096):             # what an interruption can lose
         some = missing[start:start + 4096]
-        table[some] = score(model, pairs, some, K, cfg, f'reference, {pairs.split}')
-        table.flush()
+        logps = score(model, pairs, some, K, cfg, f'reference, {pairs.split}')
+        if RANK == 0:
+            table[some] = logps
+            table.flush()
+    wait()
     return table
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Evaluation
 
-
-STATS = ('loss', 'rewards/chosen', 'rewards/rejected', 'rewards/margins', 'rewards/accuracies', 'logps/chosen', 'logps/rejected')
+STATS = ('loss', 'rewards/chosen', 'rewards/rejected', 'rewards/margins', 'rewards/accuracies', 'logps/chosen',
+         'logps/rejected')
 
 
 def statistics(losses, chosen_rewards, rejected_rewards, logps):
-    """Sums over the pairs of what STATS names, as one tensor; an objective without rewards leaves zeros."""
+    """Sums over the pairs of what STATS names, (7,) float64; an objective without rewards leaves zeros."""
     zero = torch.zeros_like(losses)
     c, r = (zero, zero) if chosen_rewards is None else (chosen_rewards, rejected_rewards)
-    accuracy = (c > r).float() + 0.5 * (c == r).float()      # a tie counts one half
-    rows = (losses.detach(), c, r, c - r, accuracy, logps[:, 0].detach(), logps[:, -1].detach())
-    return torch.stack([row.double().sum() for row in rows])
+    accuracy = (c > r).float() + 0.5 * (c == r).float()    # a tie counts one half
+    rows = (losses, c, r, c - r, accuracy, logps[:, 0], logps[:, -1])
+    return torch.stack([row.detach().double().sum() for row in rows])
 
 
 def named(stats, n, cfg, K, prefix=''):
-    """The sums over n pairs -> {metric: mean}, without what this objective or this data does not have."""
-    names = [s for s in STATS if not s.startswith('rewards') or cfg.loss != 'sft']
-    names = [s for s in names if s != 'logps/rejected' or K > 1]
-    return {prefix + s: v / n for s, v in zip(STATS, stats.tolist()) if s in names}
+    """Sums over n pairs -> {metric: mean}, without those that this objective or this data does not have."""
+    means = dict(zip(STATS, (stats / n).tolist()))
+    return {prefix + name: mean for name, mean in means.items()
+            if not (cfg.loss == 'sft' and 'rewards' in name) and not (K == 1 and 'rejected' in name)}
 
 
 def evaluate(model, reference, pairs, indices, cfg, path=None):
-    """Metrics of the validation pairs at `indices`; with a path, a line for each pair is written there."""
-    K, n = pairs.meta['responses'], len(indices)
-    logps = torch.from_numpy(score(model, pairs, indices, K, cfg, 'evaluating'))
-    ref = None
-    if reference is not None:
-        ref = torch.tensor(score(reference, pairs, indices, K, cfg, 'reference') if isinstance(reference, GPT) else reference[indices])
+    """Metrics of the validation pairs at `indices`; with a path, also a line for each pair there."""
+    K = pairs.meta['responses']
+    logps, ref = torch.from_numpy(score(model, pairs, indices, K, cfg, 'evaluating')), None
+    if reference is not None:                              # a live model, or the table of what it once said
+        ref = reference[indices] if isinstance(reference, np.ndarray) else score(reference, pairs, indices, K, cfg)
+        ref = torch.from_numpy(np.array(ref))
     rows = pairs.table[indices]
-    lengths, p = torch.tensor(rows['responses'].astype(np.int64)), torch.tensor(rows['p'])
-    result = objective(cfg, logps, lengths, ref, p)
-    metrics = named(statistics(*result, logps), n, cfg, K, 'eval/')
-    if path:
-        nothing = [None] * n
-        columns = dict(
-            id=rows['id'].tolist(), chosen_logps=logps[:, 0].tolist(), rejected_logps=logps[:, -1].tolist() if K > 1 else nothing,
-            reference_chosen_logps=nothing if ref is None else ref[:, 0].tolist(),
-            reference_rejected_logps=nothing if ref is None else ref[:, -1].tolist(),
-            chosen_length=lengths[:, 0].tolist(), rejected_length=lengths[:, -1].tolist() if K > 1 else nothing,
-            chosen_reward=nothing if result[1] is None else result[1].tolist(),
-            rejected_reward=nothing if result[2] is None else result[2].tolist())
+    lengths, p = torch.from_numpy(rows['responses'].astype(np.int64)), torch.from_numpy(rows['p'].copy())
+    losses, *rewards = objective(cfg, logps, lengths, ref, p)
+    if path and RANK == 0:
+        columns = dict(id=rows['id'])
+        for k, side in ((0, 'chosen'), (-1, 'rejected'))[:min(K, 2)]:
+            columns |= {f'{side}_logps': logps[:, k], f'reference_{side}_logps': None if ref is None else ref[:, k],
+                        f'{side}_length': lengths[:, k], f'{side}_reward': rewards[k]}
+        columns = {name: [None] * len(rows) if c is None else c.tolist() for name, c in columns.items()}
         with open(path + '.tmp', 'w') as f:
             f.writelines(json.dumps(dict(zip(columns, row))) + '\n' for row in zip(*columns.values()))
         os.replace(path + '.tmp', path)
-    return metrics
+    return named(statistics(losses, *rewards, logps), len(rows), cfg, K, 'eval/')
 
 
-# ----------------------------------------------------------------------------------------------------------------
+def both_fall(first, now):
+    """Have the chosen responses become less likely together with the rejected ones, by more than a nat each?"""
+    falls = [now[k] - first[k] for k in ('eval/logps/chosen', 'eval/logps/rejected') if k in now and k in first]
+    return len(falls) == 2 and max(falls) < -1
+
+
+def table(metrics, before):
+    """Metrics as lines of text, beside what they were at the start."""
+    return '\n'.join([f'{"":24}{"before":>10}{"after":>10}'] + [
+        f'{name:24}{before[name]:>10.4f}{value:>10.4f}' for name, value in metrics.items()])
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Checkpoints and the run's folder
 
 
@@ -362,11 +407,12 @@ def save(path, state):
     except (OSError, RuntimeError) as e:
         with contextlib.suppress(OSError):
             os.remove(path + '.tmp')
-        raise InputError(f'{path}: could not be written ({str(e).splitlines()[0][:120]}); the one before is as it was')
+        raise InputError(f'{path}: could not be written ({str(e).splitlines()[0][:120]}); '
+                         'the one before, if any, is as it was')
 
 
 def lock(out_dir):
-    """Hold out_dir until this process ends, however it ends. -> the open file."""
+    """Hold out_dir until this process ends, however it ends. -> the open file, to be kept"""
     try:
         os.makedirs(out_dir, exist_ok=True)
         f = open(os.path.join(out_dir, 'lock'), 'a+')
@@ -376,7 +422,7 @@ def lock(out_dir):
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         f.seek(0)
-        raise InputError(f'out_dir: {out_dir} is in use by another run (process {f.read().strip() or "unknown"})')
+        raise InputError(f'out_dir: {out_dir} is in use by another run (process {f.read().strip()})')
     f.truncate(0)
     f.write(str(os.getpid()))
     f.flush()
@@ -386,15 +432,17 @@ def lock(out_dir):
 def header(cfg, train_pairs, val_pairs):
     """The first line of log.jsonl: all that it takes to repeat the run."""
     def git(*args):
-        result = subprocess.run(['git', '-C', os.path.dirname(os.path.abspath(__file__)), *args], capture_output=True, text=True)
-        return result.stdout.strip() if result.returncode == 0 else ''
-    commit = git('rev-parse', '--short', 'HEAD') + ('+changes' if git('status', '--porcelain', '--untracked-files=no') else '')
-    name = torch.cuda.get_device_name() if cfg.device == 'cuda' else f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
-    return dict(config=dataclasses.asdict(cfg), commit=commit, hardware=name, data=dict(train=train_pairs.hash, val=val_pairs.hash),
+        where = os.path.dirname(os.path.abspath(__file__))
+        return subprocess.run(['git', '-C', where, *args], capture_output=True, text=True).stdout.strip()
+    commit = git('rev-parse', '--short', 'HEAD')
+    commit += '+changes' if git('status', '--porcelain', '--untracked-files=no') else ''
+    cpu = f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
+    return dict(config=dataclasses.asdict(cfg), commit=commit, data=dict(train=train_pairs.hash, val=val_pairs.hash),
+                hardware=torch.cuda.get_device_name() if cfg.device == 'cuda' else cpu, processes=WORLD,
                 versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The loop
 
 
@@ -408,20 +456,24 @@ def learning_rate(step, cfg):
 
 
 def settle_machine(cfg):
-    """Replace 'auto' by what this machine has, and make its float32 matrix products fast where that costs nothing."""
+    """Replace what is 'auto' by what this machine has; make float32 products fast where that costs nothing."""
     if cfg.device == 'auto':
         cfg.device = 'cuda' if torch.cuda.is_available() else 'cpu'
     if cfg.device not in ('cuda', 'cpu') or (cfg.device == 'cuda' and not torch.cuda.is_available()):
-        raise InputError(f'device: {cfg.device!r} is not to be had here; there is cpu' + ', cuda' * torch.cuda.is_available())
+        raise InputError(f'device: {cfg.device!r} is not to be had here; cpu is')
     if cfg.dtype == 'auto':
         cfg.dtype = 'bfloat16' if cfg.device == 'cuda' and not cfg.eval_only else 'float32'
-    if cfg.compile is None:
-        cfg.compile = cfg.device == 'cuda'
+    cfg.compile = cfg.device == 'cuda' if cfg.compile is None else cfg.compile
+    cfg.tokens_per_batch = cfg.tokens_per_batch or (16384 if cfg.device == 'cuda' else 2048)
+    if WORLD > 1 and not dist.is_initialized():
+        if cfg.device == 'cuda':
+            torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+        dist.init_process_group('nccl' if cfg.device == 'cuda' else 'gloo')
     if cfg.device == 'cpu':
-        with contextlib.suppress(OSError, AttributeError):    # glibc: keep freed memory rather than fault it in anew
+        with contextlib.suppress(OSError, AttributeError):    # glibc: keep freed memory, do not fault it in anew
             for option in (-1, -3):                           # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
                 ctypes.CDLL(None).mallopt(option, 2**30)
-        # 'medium' lets oneDNN multiply: twice as fast on some CPUs, but bf16 on others, so look before trusting it
+        # 'medium' lets oneDNN multiply: twice as fast on some CPUs, but bf16 on others, so look before using it
         a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
         torch.set_float32_matmul_precision('medium')
         if (a @ b - (a.double() @ b.double())).abs().max() > 1e-4:
@@ -429,238 +481,256 @@ def settle_machine(cfg):
 
 
 def load_policy(cfg):
-    """The policy at the start -> GPT on cfg.device; made by init_config first where it is not there yet."""
+    """The policy at the start, on cfg.device; made by init_config first where it is not there yet."""
     if cfg.init_from == 'scratch':
         tokenizer = get_tokenizer(cfg.tokenizer)
         torch.manual_seed(cfg.seed)
-        return GPT(GPTConfig(cfg.block_size, tokenizer.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd, tokenizer.eot_token)).to(cfg.device)
-    if cfg.init_config and not os.path.exists(os.path.join(cfg.init_from, 'ckpt.pt')):
-        print(f'{cfg.init_from} is not there yet: training it first, python train.py {cfg.init_config}')
-        train(load_config([cfg.init_config, f'--out_dir={cfg.init_from}', f'--data_dir={cfg.data_dir}', f'--device={cfg.device}']))
-        print(f'{cfg.init_from} is there; going on with {cfg.out_dir}')
+        return GPT(GPTConfig(cfg.block_size, tokenizer.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd,
+                             tokenizer.eot_token)).to(cfg.device)
+    if cfg.init_config:
+        base = load_config([cfg.init_config, f'--data_dir={cfg.data_dir}', f'--device={cfg.device}'])
+        path = os.path.join(base.out_dir, 'ckpt.pt')
+        if base.out_dir == cfg.init_from:                  # not where another model was asked for
+            there = load_checkpoint(path) if os.path.exists(path) else None
+            base.resume = there is not None                # it was interrupted, unless it is whole
+            if there is None or there['step'] < there['config']['max_iters']:
+                say(f'{cfg.init_from} is not there yet: first python train.py {cfg.init_config}')
+                train(base)
+                say(f'{cfg.init_from} is there; now {cfg.out_dir}')
     return GPT.from_pretrained(cfg.init_from).to(cfg.device)
 
 
-def check_fit(cfg, model, meta):
+def check_fit(cfg, model, train_pairs, val_pairs):
     """Raise InputError where the config, the prepared data and the model do not go together."""
-    for name, value in meta['settings'].items():     # data prepared before, given by its folder, has settings of its own
-        if cfg.dataset != meta['settings']['dataset'] and name in cfg.given - {'dataset'} and getattr(cfg, name) != value:
+    meta = train_pairs.meta
+    settings, K = meta['settings'], meta['responses']
+    for name, value in settings.items():     # data given by the folder that it was prepared in has its own
+        if cfg.dataset != settings['dataset'] and name in cfg.given - {'dataset'} and getattr(cfg, name) != value:
             raise InputError(f'{name}: {getattr(cfg, name)!r}, but {cfg.dataset} was prepared with {value!r}')
-    tokenizer, context, vocab = meta['settings']['tokenizer'], model.config.block_size, model.config.vocab_size
-    if meta['settings']['max_length'] > context:
-        raise InputError(f'max_length: {meta["settings"]["max_length"]} exceeds the context of {cfg.init_from}, {context} tokens')
-    if not meta['n_vocab'] <= vocab < meta['n_vocab'] + 128:     # a vocabulary may be padded to a round number
-        raise InputError(f'tokenizer: {tokenizer!r} has {meta["n_vocab"]} tokens, and {cfg.init_from} was made for {vocab}')
-    K, used = meta['responses'], 1 if cfg.loss == 'sft' else 2
-    if K < used:
-        raise InputError(f'dataset: {cfg.dataset} has one response to a prompt, and loss = {cfg.loss!r} compares two')
+    context, vocab = model.config.block_size, model.config.vocab_size
+    if settings['max_length'] > context:
+        raise InputError(f'max_length: {settings["max_length"]} exceeds the context of {cfg.init_from}, {context}')
+    if not meta['n_vocab'] <= vocab < meta['n_vocab'] + 128:     # may be padded to a round number
+        raise InputError(f'tokenizer: {settings["tokenizer"]!r} has {meta["n_vocab"]} tokens, and {cfg.init_from} was '
+                         f'made for {vocab}')
+    if cfg.loss != 'sft' and K != 2 and (K < 2 or cfg.loss != 'plackett_luce'):
+        raise InputError(f'dataset: {cfg.dataset} has {K} responses to a prompt; loss = {cfg.loss!r} compares two')
+    soft = any((pairs.table['p'] != 1).any() for pairs in (train_pairs, val_pairs))
+    if soft and cfg.loss != 'sft' and 'p' not in loss_parameters(cfg.loss):
+        raise InputError(f'dataset: {cfg.dataset} has labels p other than 1, and loss = {cfg.loss!r} ignores them')
     if meta['longest_pair'] > cfg.tokens_per_batch:
-        raise InputError(f'tokens_per_batch: {cfg.tokens_per_batch} is less than the longest pair, {meta["longest_pair"]} tokens')
+        raise InputError(f'tokens_per_batch: {cfg.tokens_per_batch} is less than the longest pair, '
+                         f'{meta["longest_pair"]} tokens')
+    if cfg.batch_size < WORLD:
+        raise InputError(f'batch_size: {cfg.batch_size} leaves some of the {WORLD} processes without a pair')
+    if cfg.eval_only and not len(val_pairs):
+        raise InputError(f'val_fraction: {cfg.val_fraction} leaves no pair to evaluate')
+    if not cfg.eval_only and not len(train_pairs):
+        raise InputError(f'val_fraction: {cfg.val_fraction} leaves no pair to train on')
 
 
 def train(cfg):
-    """Run the config from its first line to its last table. -> the last evaluation's metrics."""
+    """Run the config from its first line to its last table. -> the metrics of the last evaluation"""
     started = time.perf_counter()
     settle_machine(cfg)
-    out = functools.partial(os.path.join, cfg.out_dir)
-    if os.path.exists(out('ckpt.pt')) and not (cfg.resume or cfg.overwrite or cfg.eval_only):
-        raise InputError(f'out_dir: {cfg.out_dir} holds a run; --resume=True goes on with it, --overwrite=True starts anew')
-    if cfg.resume and not os.path.exists(out('ckpt.pt')):
-        raise InputError(f'resume: there is no {out("ckpt.pt")}')
+    ckpt, best_ckpt, log_path, eval_path = (
+        os.path.join(cfg.out_dir, name) for name in ('ckpt.pt', 'best.pt', 'log.jsonl', 'eval.jsonl'))
+    if os.path.exists(ckpt) and not (cfg.resume or cfg.overwrite or cfg.eval_only):
+        raise InputError(f'out_dir: {cfg.out_dir} holds a run; --resume=True goes on with it, --overwrite=True '
+                         'starts anew')
+    if cfg.resume and not os.path.exists(ckpt):
+        raise InputError(f'resume: there is no {ckpt}')
 
-    # the policy, the pairs
+    # the policy and the pairs
     model = load_policy(cfg)
+    if RANK == 0:
+        prepare(cfg)
+    wait()
     folder = prepare(cfg)
     train_pairs, val_pairs = Pairs(folder, 'train'), Pairs(folder, 'val')
-    check_fit(cfg, model, train_pairs.meta)
-    K = train_pairs.meta['responses']
-    used = 1 if cfg.loss == 'sft' else K                   # responses that training looks at
-    n = len(train_pairs)
-    if n == 0 and not cfg.eval_only:
-        raise InputError(f'val_fraction: {cfg.val_fraction} leaves no pair to train on')
+    check_fit(cfg, model, train_pairs, val_pairs)
+    n, K = len(train_pairs), train_pairs.meta['responses']
+    used = 1 if cfg.loss == 'sft' else K                   # the responses that training looks at
+    cfg.max_iters = cfg.max_iters or math.ceil(cfg.epochs * n / cfg.batch_size)
     val = np.arange(len(val_pairs))
-    if cfg.eval_pairs and cfg.eval_pairs < len(val):
+    if 0 < cfg.eval_pairs < len(val):
         val = np.sort(np.random.default_rng(cfg.seed).permutation(len(val))[:cfg.eval_pairs])
-    if cfg.eval_only and not len(val):
-        raise InputError(f'val_fraction: {cfg.val_fraction} leaves no pair to evaluate')
-    if not cfg.max_iters:
-        cfg.max_iters = math.ceil(cfg.epochs * n / cfg.batch_size)
-    held = lock(cfg.out_dir)
+    held = lock(cfg.out_dir) if RANK == 0 else None
 
     # the reference: frozen, and its log-probs known before the first step
-    reference_train = reference_val = None
-    if needs_reference(cfg.loss):
-        reference = model if cfg.reference != 'live' else copy.deepcopy(model)
-        reference.requires_grad_(False)
-        if cfg.reference == 'live':
-            reference_train = reference_val = reference
-        else:
+    reference = copy.deepcopy(model).requires_grad_(False) if cfg.reference == 'live' else None
+    if cfg.compile:
+        for m in filter(None, (model, reference)):
+            m.hidden = torch.compile(m.hidden, dynamic=False if cfg.device == 'cuda' else None)
+    reference_train = reference_val = reference
+    if needs_reference(cfg.loss) and reference is None:
+        if not cfg.eval_only:
             seen = np.arange(n) if cfg.max_iters * cfg.batch_size >= n else np.concatenate(
                 [step_indices(s, n, cfg.batch_size, cfg.seed) for s in range(cfg.max_iters)])
-            if not cfg.eval_only:
-                reference_train = cached_reference(model, train_pairs, seen, cfg)
-            if len(val):
-                reference_val = cached_reference(model, val_pairs, val, cfg)
-        model.requires_grad_(True)
+            reference_train = cached_reference(model, train_pairs, seen, cfg)
+        reference_val = cached_reference(model, val_pairs, val, cfg) if len(val) else None
 
     # where the run stands
-    step, best, evaluated, log_bytes, first, warned = 0, math.inf, -1, 0, None, False
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() == 1]
-    optimizer = torch.optim.AdamW([dict(params=decayed, weight_decay=cfg.weight_decay), dict(params=others, weight_decay=0.0)],
-                                  lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
+    optimizer = torch.optim.AdamW(
+        [dict(params=[p for p in model.parameters() if p.dim() > 1], weight_decay=cfg.weight_decay),
+         dict(params=[p for p in model.parameters() if p.dim() == 1], weight_decay=0.0)],
+        lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
+    state = dict(step=0, best=math.inf, evaluated=-1, log_bytes=0, first={}, metrics={}, warned=False)
     if cfg.resume:
-        checkpoint = load_checkpoint(out('ckpt.pt'))
+        checkpoint = load_checkpoint(ckpt)
         if checkpoint['data'] != train_pairs.hash and not cfg.eval_only:
-            raise InputError(f'dataset: {folder} is not the data that {out("ckpt.pt")} was trained on')
+            raise InputError(f'dataset: {folder} is not the data that {ckpt} was trained on')
         model.load_state_dict(checkpoint['model'])
         optimizer.load_state_dict(checkpoint['optimizer'])
-        step, best, evaluated, log_bytes, first, warned = (
-            checkpoint[k] for k in ('step', 'best', 'evaluated', 'log_bytes', 'first', 'warned'))
+        state = {name: checkpoint[name] for name in state}
+        for name, was in checkpoint['config'].items():
+            if name not in ('resume', 'overwrite', 'eval_only') and was != getattr(cfg, name):
+                say(f'resuming with {name} = {getattr(cfg, name)!r}, which was {was!r}')
         del checkpoint
-    if cfg.compile:
-        model.hidden = torch.compile(model.hidden, dynamic=cfg.device == 'cpu')
 
     if cfg.eval_only:
-        metrics = evaluate(model, reference_val, val_pairs, val, cfg, out('eval.jsonl'))
-        print(f'{len(val)} validation pairs -> {out("eval.jsonl")}')
-        print(table(metrics))
+        metrics = evaluate(model, reference_val, val_pairs, val, cfg, eval_path)
+        say(f'{len(val)} validation pairs -> {eval_path}')
+        say('\n'.join(f'{name:24}{value:>10.4f}' for name, value in metrics.items()))
         return metrics
 
-    log = open(out('log.jsonl'), 'r+' if cfg.resume else 'w')
-    log.seek(log_bytes)
-    log.truncate()                                         # lines written after the checkpoint will be written again
+    if RANK == 0:
+        if not cfg.resume:
+            for path in (ckpt, best_ckpt, eval_path):      # of the run that this one overwrites
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(path)
+        log = open(log_path, 'r+' if cfg.resume else 'w')
+        log.seek(state['log_bytes'])
+        log.truncate()                                     # lines after the checkpoint will be written again
 
     def write_log(line):
-        log.write(json.dumps(line) + '\n')
-        log.flush()
+        if RANK == 0:
+            log.write(json.dumps(line) + '\n')
+            log.flush()
 
-    def save_checkpoint():
-        config = dataclasses.asdict(cfg)
-        weights = dict(model={k: v.detach() for k, v in model.state_dict().items()}, config=config, step=step,
-                       model_config=dataclasses.asdict(model.config))
-        save(out('ckpt.pt'), weights | dict(optimizer=optimizer.state_dict(), best=best, evaluated=evaluated,
-                                            log_bytes=log.tell(), first=first, warned=warned, data=train_pairs.hash))
-        return weights
+    def save_checkpoint(improved=False):
+        if RANK == 0:
+            weights = dict(model=model.state_dict(), model_config=dataclasses.asdict(model.config),
+                           config=dataclasses.asdict(cfg))
+            state['log_bytes'] = log.tell()
+            save(ckpt, weights | state | dict(optimizer=optimizer.state_dict(), data=train_pairs.hash))
+            if improved:
+                save(best_ckpt, weights | dict(step=state['step']))
 
     def load_step(step):
-        """The step's micro-batches, each with its reference log-probs and labels, on their way to the device."""
-        if step >= cfg.max_iters:
-            return []
-        indices, ready = step_indices(step, n, cfg.batch_size, cfg.seed), []
-        for members, batch in batches(train_pairs, indices, used, cfg):
-            some = indices[members]
-            p = torch.tensor(train_pairs.table['p'][some]).to(cfg.device)
-            ref = reference_train[some] if isinstance(reference_train, np.ndarray) else None
-            ready.append((batch, None if ref is None else torch.tensor(ref).to(cfg.device), p))
+        """The step's micro-batches, with reference log-probs and labels, on their way to the device."""
+        ready = []
+        if step < cfg.max_iters:
+            mine = step_indices(step, n, cfg.batch_size, cfg.seed)[RANK::WORLD]
+            for members, batch in batches(train_pairs, mine, used, cfg):
+                some = mine[members]
+                p = torch.from_numpy(train_pairs.table['p'][some]).to(cfg.device)
+                cached = isinstance(reference_train, np.ndarray)
+                ready.append((batch, torch.from_numpy(reference_train[some]).to(cfg.device) if cached else None, p))
         return ready
 
-    stop = []                                              # a signal that arrived: the step is finished first
-    handlers = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    stop = []                                              # a signal that came: the step is finished first
+    handlers = {s: signal.signal(s, lambda s, frame: stop.append(s)) for s in (signal.SIGTERM, signal.SIGINT)}
     if not cfg.resume:
         write_log(header(cfg, train_pairs, val_pairs))
-    print(f'{model.num_params():,} parameters, {n:,} pairs to train on, {len(val):,} to validate; {cfg.max_iters} steps of '
-          f'{cfg.batch_size} pairs on {cfg.device} in {cfg.dtype}')
-    bar = tqdm(total=cfg.max_iters, initial=step, unit=' steps', disable=None)
-    waiting = load_step(step)
+    say(f'{model.num_params():,} parameters; {n:,} pairs to train on, {len(val):,} to validate; {cfg.max_iters} steps '
+        f'of {cfg.batch_size} pairs on {cfg.device} in {cfg.dtype}')
+    bar = tqdm(total=cfg.max_iters, initial=state['step'], unit=' steps', disable=None if RANK == 0 else True)
+    waiting, fresh = load_step(state['step']), True
     since, pairs_since, tokens_since = time.perf_counter(), 0, 0
-    metrics = {}
     while True:
+        step = state['step']
 
-        # evaluate, and make what there is safe
-        if (step % cfg.eval_interval == 0 or step == cfg.max_iters) and step != evaluated:
-            paused = time.perf_counter()
+        # evaluate, and make safe what there is
+        if (step % cfg.eval_interval == 0 or step == cfg.max_iters) and step != state['evaluated']:
+            paused, loss = time.perf_counter(), math.inf
             if len(val):
-                metrics = evaluate(model, reference_val, val_pairs, val, cfg, out('eval.jsonl') if step == cfg.max_iters else None)
+                metrics = evaluate(model, reference_val, val_pairs, val, cfg,
+                                   eval_path if step == cfg.max_iters else None)
                 write_log(dict(step=step) | metrics)
-                tqdm.write(f'step {step}: ' + ', '.join(f'{k} {v:.4f}' for k, v in metrics.items()))
-                first = first or metrics
-                if both_fall(first, metrics) and not warned:
-                    warned = True
-                    fall = first['eval/logps/chosen'] - metrics['eval/logps/chosen']
-                    tqdm.write(f'warning: the chosen responses have become less likely too, by {fall:.1f} nats: what both '
-                               'lose goes to responses that are in no pair. A larger beta, a smaller learning rate or '
-                               'fewer steps hold it back')
-            evaluated, improved = step, metrics.get('eval/loss', math.inf) < best
-            best = min(best, metrics.get('eval/loss', math.inf))
-            weights = save_checkpoint()
-            if improved:
-                save(out('best.pt'), weights)
-            since += time.perf_counter() - paused          # rates leave evaluation out
+                say(f'step {step}: ' + ', '.join(f'{k.removeprefix("eval/")} {v:.4f}' for k, v in metrics.items()))
+                state['first'], state['metrics'] = state['first'] or metrics, metrics
+                loss = metrics['eval/loss']
+                if both_fall(state['first'], metrics) and not state['warned']:
+                    state['warned'] = True
+                    say('warning: the chosen responses have become less likely too, by '
+                        f'{state["first"]["eval/logps/chosen"] - metrics["eval/logps/chosen"]:.1f} nats: what both '
+                        'lose goes to responses that are in no pair. A larger beta, a smaller learning rate or '
+                        'fewer steps hold it back')
+            improved, state['evaluated'] = loss < state['best'], step
+            state['best'] = min(state['best'], loss)
+            save_checkpoint(improved)
+            since += time.perf_counter() - paused          # the rates leave evaluation out
         if step == cfg.max_iters or stop:
             break
 
-        # forward and backward, a micro-batch at a time; the gradient is of the mean over all the step's pairs
-        lr = learning_rate(step, cfg)
-        stats = torch.zeros(len(STATS), dtype=torch.float64, device=cfg.device)
+        # forward and backward, a micro-batch at a time: the gradient of the mean over all the step's pairs
+        stats = torch.zeros(len(STATS) + 1, dtype=torch.float64, device=cfg.device)
         for batch, ref, p in waiting:
             with precision(cfg):
                 logps = batch.sum_by_response(model.token_logps(batch))             # (pairs, used)
-                if isinstance(reference_train, GPT):
+                if reference_train is reference and reference is not None:
                     with torch.no_grad():
-                        ref = batch.sum_by_response(reference_train.token_logps(batch))
+                        ref = batch.sum_by_response(reference.token_logps(batch))
             losses, chosen_rewards, rejected_rewards = objective(cfg, logps, batch.lengths, ref, p)
             (losses.sum() / cfg.batch_size).backward()
-            stats += statistics(losses, chosen_rewards, rejected_rewards, logps)
-            tokens_since += batch.starts[-1]
-        limit = cfg.grad_clip or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+            stats[:-1] += statistics(losses, chosen_rewards, rejected_rewards, logps)
+            tokens_since += batch.starts[-1] * WORLD
+        for p in model.parameters() if WORLD > 1 else ():
+            add_up(p.grad)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
         waiting = load_step(step + 1)                      # the host packs the next step while the device works
+        stats[-1] = len(stop)
+        add_up(stats)
 
         # nothing that is not a number reaches the weights
-        if not math.isfinite(grad_norm.item()) or not math.isfinite(stats[0].item()):
-            if step != evaluated:
+        loss, grad_norm = stats[0].item() / cfg.batch_size, grad_norm.item()
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+            if step != state['evaluated']:
                 save_checkpoint()
             ids = train_pairs.table['id'][step_indices(step, n, cfg.batch_size, cfg.seed)].tolist()
-            raise InputError(f'step {step}: loss {stats[0].item() / cfg.batch_size}, gradient norm {grad_norm.item()}; the weights are as '
-                             f'they were, in {out("ckpt.pt")}. The pairs of this step, by their record in the source: {ids}')
+            raise InputError(f'step {step}: loss {loss}, gradient norm {grad_norm}; the weights from before it are in '
+                             f'{ckpt}. Its pairs, by their number in the source: {ids}')
         for group in optimizer.param_groups:
-            group['lr'] = lr
+            group['lr'] = lr = learning_rate(step, cfg)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        state['step'] += 1
         pairs_since += cfg.batch_size
-
-        if step % cfg.log_interval == 0:
-            now = time.perf_counter()
-            line = dict(step=step) | named(stats, cfg.batch_size, cfg, used) | dict(
-                grad_norm=grad_norm.item(), lr=lr, pairs_per_s=pairs_since / (now - since), tokens_per_s=tokens_since / (now - since))
-            write_log(line)
-            bar.set_postfix({k.split('/')[-1]: f'{v:.3f}' for k, v in line.items() if k in ('loss', 'rewards/margins', 'rewards/accuracies')})
-            if step == 0:
-                tqdm.write(f'first step after {now - started:.1f} s, of which {now - since:.1f} s the step itself'
-                           + (', compiling included' if cfg.compile else ''))
-            since, pairs_since, tokens_since = now, 0, 0
-        step += 1
         bar.update()
+
+        if fresh:
+            now = time.perf_counter()
+            say(f'first step after {now - started:.1f} s, {now - since:.1f} s of them the step itself'
+                + ' and compiling' * bool(cfg.compile))
+            fresh = False
+        if step % cfg.log_interval == 0:
+            seconds = time.perf_counter() - since
+            line = named(stats[:-1], cfg.batch_size, cfg, used) | dict(grad_norm=grad_norm, lr=lr)
+            write_log(dict(step=step) | line | dict(pairs_per_s=pairs_since / seconds,
+                                                    tokens_per_s=tokens_since / seconds))
+            bar.set_postfix({k.split('/')[-1]: f'{v:.3f}' for k, v in line.items() if k == 'loss' or 'acc' in k})
+            since, pairs_since, tokens_since = time.perf_counter(), 0, 0
+        if stats[-1] > 0 and not stop:                     # a signal that another process got
+            stop.append(signal.SIGTERM)
+
     bar.close()
-    for s, handler in handlers.items():
-        signal.signal(s, handler)
     if stop:
         save_checkpoint()
-        print(f'stopped at step {step}; to go on: python train.py ... --resume=True')
+        say(f'stopped after {state["step"]} steps; the same command with --resume=True goes on')
         raise SystemExit(128 + stop[0])
-    log.close()
-    held.close()
-    if first:
-        print(table(metrics, first))
-    if cfg.dataset == 'demo' and cfg.loss != 'sft':
+    for s, handler in handlers.items():
+        signal.signal(s, handler)
+    wait()
+    if RANK == 0:
+        log.close()
+        held.close()
+    if state['first']:
+        say(table(state['metrics'], state['first']))
+    if cfg.dataset == 'demo' and cfg.loss != 'sft' and RANK == 0:
         import demo
         demo.report(model, cfg)
-    return metrics
-
-
-def both_fall(first, now):
-    """Have the chosen responses become less likely together with the rejected ones, by more than a nat each?"""
-    falls = [now[k] - first[k] for k in ('eval/logps/chosen', 'eval/logps/rejected') if k in now and k in first]
-    return len(falls) == 2 and max(falls) < -1
-
-
-def table(metrics, before=None):
-    """Metrics as lines of text, with what they were at the start beside them."""
-    lines = [f'{"":24}{"before":>10}{"after":>10}'] if before else []
-    for name, value in metrics.items():
-        lines.append(f'{name:24}' + (f'{before[name]:>10.4f}' if before else '') + f'{value:>10.4f}')
-    return '\n'.join(lines)
+    return state['metrics']
 
 
 if __name__ == '__main__':

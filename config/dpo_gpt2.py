@@ -25,7 +25,6 @@ loss = 'dpo'
 beta = 0.1
 
 batch_size = 64
-tokens_per_batch = 16384
 learning_rate = 1e-6
 schedule = 'constant'
 warmup_iters = 150

@@ -21,7 +21,6 @@ n_embd = 96
 block_size = 128
 
 batch_size = 32
-tokens_per_batch = 8192
 learning_rate = 5e-3
 warmup_iters = 20
 max_iters = 800

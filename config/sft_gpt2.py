@@ -17,7 +17,6 @@ eval_pairs = 512
 loss = 'sft'
 
 batch_size = 64
-tokens_per_batch = 16384
 learning_rate = 2e-5
 schedule = 'cosine'
 warmup_iters = 150

@@ -11,7 +11,6 @@ max_length = 112
 max_prompt_length = 48
 val_fraction = 0.05
 batch_size = 32
-tokens_per_batch = 8192
 learning_rate = 3e-4
 warmup_iters = 10
 epochs = 1.0

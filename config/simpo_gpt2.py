@@ -23,7 +23,6 @@ beta = 2.0
 gamma = 1.0
 
 batch_size = 128
-tokens_per_batch = 16384
 learning_rate = 1e-6
 schedule = 'cosine'
 warmup_iters = 48
