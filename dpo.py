@@ -1,9 +1,9 @@
 """
-Objectives that need a frozen reference: pure functions of log-probabilities, summed over each response's tokens.
+Objectives with a frozen reference: pure functions of log-probabilities, summed over each response's tokens.
 
-Every function takes (B,) tensors and returns (losses, chosen_rewards, rejected_rewards), each (B,). The losses carry
-the gradient; the rewards are for the eye, and detached. train.py passes an objective whatever its signature names.
-Left out: any averaging over the batch (train.py divides by the pairs in the whole step) and any knowledge of tokens.
+Every function takes (B,) tensors and returns (losses, chosen_rewards, rejected_rewards), each (B,). The
+losses carry the gradient; the rewards are for the eye, detached. train.py passes what a signature names.
+Left out: averaging over the batch (train.py divides by the pairs in the whole step), knowledge of tokens.
 
     python train.py config/dpo_demo.py --loss=dpo --beta=0.5
 """
@@ -13,8 +13,8 @@ import torch.nn.functional as F
 def preference_loss(z, label_smoothing=0.0, p=None):
     """-[q log sigma(z) + (1 - q) log sigma(-z)]: the Bradley-Terry model's negative log-likelihood.
 
-    z (B,) is the log-odds that chosen is the better, q the probability that it is: `p` (1 where None), and with
-    smoothing eps, q = (1 - eps) p + eps (1 - p): with probability eps a label was flipped.
+    z (B,) is the log-odds that chosen is the better, q the probability that it is: `p` (1 where None), and
+    with smoothing eps, q = (1 - eps) p + eps (1 - p): with probability eps a label was flipped.
     """
     if not 0 <= label_smoothing <= 0.5:
         raise ValueError(f'label_smoothing {label_smoothing} is not between 0 and 0.5')
@@ -29,10 +29,10 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
 
         loss = -log sigma(beta log pi/pi_ref(y_w|x) - beta log pi/pi_ref(y_l|x))
 
-    With r = beta log pi/pi_ref the implicit reward (equation 5; the partition function cancels in the difference),
-    it is the Bradley-Terry likelihood of the pair. `label_smoothing` makes it conservative DPO (Mitchell 2023);
-    `p`, (B,), is the probability that chosen is the better, 1 where None. beta, the weight of the KL constraint, is
-    in units of reward per nat.
+    With r = beta log pi/pi_ref the implicit reward (equation 5; the partition function cancels in the
+    difference), it is the Bradley-Terry likelihood of the pair. `label_smoothing` makes it conservative DPO
+    (Mitchell 2023); `p`, (B,), is the probability that chosen is the better, 1 where None. beta, the weight
+    of the KL constraint, is in units of reward per nat.
     """
     chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
     rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
@@ -40,20 +40,20 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
-def robust_dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
-                    beta=0.1, label_smoothing=0.1):
-    """Robust DPO (Chowdhury et al. 2024, arXiv:2403.00409, equation 12): unbiased where a share eps of labels is flipped,
+def robust_dpo_loss(policy_chosen_logps, policy_rejected_logps,
+                    reference_chosen_logps, reference_rejected_logps, beta=0.1, label_smoothing=0.1):
+    """Robust DPO (Chowdhury et al. 2024, arXiv:2403.00409, equation 12), for a share eps of flipped labels,
 
-        loss = [(1 - eps) l(y_w, y_l) - eps l(y_l, y_w)] / (1 - 2 eps),    l = DPO's loss, eps = label_smoothing
+        loss = [(1 - eps) l(y_w, y_l) - eps l(y_l, y_w)] / (1 - 2 eps),  l = DPO's loss, eps = label_smoothing
 
-    In expectation over the flips it is DPO's loss on clean labels; a single pair's may be negative.
+    Unbiased: in expectation over the flips it is DPO's loss on clean labels; a single pair's may be negative.
     """
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f'label_smoothing {label_smoothing} is not between 0 and 0.5')
     chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
     rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
-    z = chosen_rewards - rejected_rewards
-    losses = ((1 - label_smoothing) * -F.logsigmoid(z) + label_smoothing * F.logsigmoid(-z)) / (1 - 2 * label_smoothing)
+    z, eps = chosen_rewards - rejected_rewards, label_smoothing
+    losses = ((1 - eps) * -F.logsigmoid(z) + eps * F.logsigmoid(-z)) / (1 - 2 * eps)
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
@@ -63,8 +63,8 @@ def ipo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
 
         loss = (h - 1/(2 beta))^2,    h = log pi/pi_ref(y_w|x) - log pi/pi_ref(y_l|x)
 
-    beta is the paper's tau. The paper's log-probs are sums, and so are these; TRL divides each by its response's
-    length, and so does `length_average`. The rewards shown are beta log pi/pi_ref.
+    beta is the paper's tau. The paper's log-probs are sums, and so are these; TRL divides each by its
+    response's length, and so does `length_average`. The rewards shown are beta log pi/pi_ref.
     """
     chosen = policy_chosen_logps - reference_chosen_logps
     rejected = policy_rejected_logps - reference_rejected_logps
@@ -94,8 +94,8 @@ def kto_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
 
         loss = [1 - sigma(r_w - z)] + [1 - sigma(z - r_l)],    r = beta log pi/pi_ref
 
-    with both weights 1. In the paper z is beta KL(pi||pi_ref), estimated over a batch and clamped at 0 from below;
-    here it is the constant `reference_point`, as a batch's estimate would make a pair's loss depend on its neighbours.
+    with both weights 1. In the paper z is beta KL(pi||pi_ref), estimated over a batch and clamped at 0 from
+    below; here it is the constant `reference_point`: with an estimate a pair's loss would depend on others.
     """
     chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
     rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
@@ -104,7 +104,7 @@ def kto_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
 
 
 def plackett_luce_loss(policy_logps, reference_logps, beta=0.1):
-    """DPO on rankings of K responses, best first (Rafailov et al. 2023, appendix A.3, equation 20): (B, K) tensors,
+    """DPO on rankings, (B, K) tensors with the best first (Rafailov et al. 2023, appendix A.3, equation 20):
 
         loss = -sum_k log [exp(r_k) / sum_{j >= k} exp(r_j)],    r = beta log pi/pi_ref
 

@@ -15,10 +15,10 @@ From the command line, any model that `from_pretrained` knows becomes a folder f
 
     python model.py out/dpo_gpt2 my-model
 
-Left out: dropout (it makes a policy's log-probs noisy, and DPO compares log-probs), biases one could turn off,
-sharding over GPUs, and every architecture but GPT-2's.
+Left out: dropout (it makes a policy's log-probs noisy, and DPO compares log-probs), biases one could turn
+off, sharding over GPUs, and every architecture but GPT-2's.
 
-Shapes: T tokens, N response tokens, B pairs, K responses to a prompt, H heads, D = d/H, d embedding, V vocabulary.
+Shapes: T tokens, N response tokens, B pairs, K responses each, H heads, D = d/H, d embedding, V vocabulary.
 """
 import json
 import math
@@ -33,12 +33,12 @@ import torch.nn.functional as F
 
 from prepare import InputError
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The packed batch
 
 
 def visible(pair, branch, q, k):
-    """The attention mask: may the query at index q see the key at index k? (Any shapes of q and k that broadcast.)"""
+    """The attention mask: may the query at q see the key at k? (Indices of any shapes that broadcast.)"""
     return (pair[q] == pair[k]) & (k <= q) & ((branch[k] == 0) | (branch[k] == branch[q]))
 
 
@@ -46,9 +46,9 @@ def visible(pair, branch, q, k):
 class Batch:
     tokens: torch.Tensor     # (T,) int64
     positions: torch.Tensor  # (T,) int64, where in its own sequence a token stands
-    pair: torch.Tensor       # (T,) int64, which pair a token is of; -1 for padding (only fixed shapes on a GPU pad)
+    pair: torch.Tensor       # (T,) int64, which pair a token is of; -1 for padding (fixed shapes on a GPU)
     branch: torch.Tensor     # (T,) int64, 0 for the prompt, k for the k-th response
-    scored: torch.Tensor     # (N,) int64, the index whose output predicts a response token: the one before it, or
+    scored: torch.Tensor     # (N,) int64, index whose output predicts a response token: the one before it, or
                              #             the prompt's last for the first token of every response
     targets: torch.Tensor    # (N,) int64, the response token predicted there
     owner: torch.Tensor      # (N,) int64, pair * K + branch - 1: which response a response token belongs to
@@ -58,8 +58,9 @@ class Batch:
 
     def to(self, device):
         """The same batch on `device`; from pinned memory the copy runs beside the host's work."""
+        cuda = torch.device(device).type == 'cuda'
         def move(t):
-            return t.pin_memory().to(device, non_blocking=True) if torch.device(device).type == 'cuda' else t.to(device)
+            return t.pin_memory().to(device, non_blocking=True) if cuda else t.to(device)
         names = ('tokens', 'positions', 'pair', 'branch', 'scored', 'targets', 'owner', 'lengths')
         return Batch(**{name: move(getattr(self, name)) for name in names}, starts=self.starts)
 
@@ -72,7 +73,7 @@ class Batch:
 def pack(pairs, pad_to=0):
     """[(prompt, [response, ...]), ...], sequences of token ids -> Batch on the CPU.
 
-    Every prompt needs one token or more, and every pair the same number of responses, each of one token or more.
+    Every prompt needs a token or more, and every pair the same number of responses, each of a token or more.
     `pad_to` fills T up to a fixed number, so that compiled code sees one shape.
     """
     K = len(pairs[0][1])
@@ -80,13 +81,14 @@ def pack(pairs, pad_to=0):
     prompts = np.array([len(prompt) for prompt, _ in pairs], dtype=np.int64)                      # (B,)
     if lengths.shape != (len(pairs), K) or lengths.min() < 1 or prompts.min() < 1:
         raise ValueError('a pair needs a prompt and responses of one token or more')
-    sizes = np.concatenate([prompts[:, None], lengths], axis=1)         # (B, 1+K) tokens in prompt, response 1, ..., K
+    sizes = np.concatenate([prompts[:, None], lengths], axis=1)         # (B, 1+K): prompt, responses
     size = sizes.reshape(-1)
-    begin = np.concatenate([[0], np.cumsum(size)])[:-1]                 # where each segment begins in the batch
+    begin = np.concatenate([[0], np.cumsum(size)])[:-1]                 # where each segment begins
     T = int(size.sum())
     pad = max(0, pad_to - T)
 
-    tokens = np.concatenate([np.asarray(s, dtype=np.int64) for prompt, responses in pairs for s in (prompt, *responses)])
+    segments = [segment for prompt, responses in pairs for segment in (prompt, *responses)]
+    tokens = np.concatenate([np.asarray(s, dtype=np.int64) for s in segments])
     within = np.arange(T) - np.repeat(begin, size)                      # 0, 1, 2, ... inside each segment
     branch = np.repeat(np.tile(np.arange(1 + K), len(pairs)), size)
     prompt_length = np.repeat(np.repeat(prompts, 1 + K), size)
@@ -111,13 +113,13 @@ def pack(pairs, pad_to=0):
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Attention: one function; what a query sees comes in one of four forms
 
 
 def pieces_mask(batch, piece=256):
-    """A packed batch's mask as [(start, stop, (t, t) boolean mask), ...], pair by pair, short neighbours together up
-    to `piece` tokens: nothing is computed between pieces. For a CPU, and the plain way anywhere."""
+    """A packed batch's mask as [(start, stop, (t, t) boolean mask), ...], pair by pair, short ones together
+    up to `piece` tokens: nothing is computed between pieces. For a CPU, and the plain way anywhere."""
     cuts = [0]
     for start, stop in zip(batch.starts, batch.starts[1:]):
         if stop - cuts[-1] > piece and start > cuts[-1]:
@@ -129,10 +131,11 @@ def pieces_mask(batch, piece=256):
 
 
 def block_mask(batch):
-    """The same mask for FlexAttention, which skips every block that holds nothing visible: for compiled code on a GPU."""
+    """The same for FlexAttention, which skips blocks with nothing visible: for compiled code on a GPU."""
     from torch.nn.attention.flex_attention import create_block_mask
     pair, branch, T = batch.pair, batch.branch, batch.tokens.numel()
-    return create_block_mask(lambda b, h, q, k: visible(pair, branch, q, k), None, None, T, T, device=pair.device)
+    return create_block_mask(lambda b, h, q, k: visible(pair, branch, q, k), None, None, T, T,
+                             device=pair.device)
 
 
 def attention(q, k, v, mask):                # each (..., H, T, D) -> (..., H, T, D)
@@ -154,33 +157,33 @@ def attention(q, k, v, mask):                # each (..., H, T, D) -> (..., H, T
     return flex_attention(q[None], k[None], v[None], block_mask=mask)[0]
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The vocabulary projection
 
 
 class ChunkedLogps(torch.autograd.Function):
     """log softmax(h W^T)[target] at N positions, a chunk of rows at a time.
 
-    The (N, V) logits never exist at once: each chunk's are made, reduced to one number per row, and made again in the
-    backward pass, where their gradient (one-hot - softmax, times the row's upstream gradient) goes straight into
-    those of h and W. Logits, log-probs and the sum into W's gradient are float32 whatever the model's precision.
+    The (N, V) logits never exist at once: each chunk's are made, reduced to one number per row, and made
+    again in the backward pass, where their gradient (one-hot - softmax, times the row's upstream gradient)
+    goes straight into those of h and W. Logits, log-probs and the sum into W's gradient are always float32.
     """
 
     @staticmethod
     def chunks(h, weight):
-        rows = max(1, (2**27 if h.is_cuda else 2**24) // weight.size(0))    # logits of 512 MiB on a GPU, 64 on a CPU
+        rows = max(1, (2**27 if h.is_cuda else 2**24) // weight.size(0))  # logits: 512 MiB on a GPU, else 64
         return [slice(i, i + rows) for i in range(0, h.size(0), rows)]
 
     @staticmethod
     def logits(h, weight, buffer):
-        if h.dtype != torch.float32:                     # bf16 factors, float32 sums: a GPU only, see `forward`
+        if h.dtype != torch.float32:                     # bf16 factors, float32 sums: GPU only, see `forward`
             return torch.mm(h, weight.t(), out_dtype=torch.float32)
         return torch.mm(h, weight.t(), out=buffer[:h.size(0)])
 
     @staticmethod
     def forward(ctx, h, weight, targets):                # (N, d), (V, d), (N,) -> (N,)
-        # rounding GPT-2's logits (near -100) to bf16 would be wrong by 0.25: where bf16 factors cannot be summed into
-        # float32 logits, the factors are float32 too
+        # rounding GPT-2's logits (near -100) to bf16 would be wrong by 0.25: where bf16 factors cannot be
+        # summed into float32 logits, the factors are float32 too
         low = h.is_cuda and torch.is_autocast_enabled('cuda')
         dtype = torch.get_autocast_dtype('cuda') if low else torch.promote_types(h.dtype, torch.float32)
         h_dtype, h, w = h.dtype, h.to(dtype), weight.to(dtype)
@@ -218,7 +221,7 @@ class ChunkedLogps(torch.autograd.Function):
         return grad_h.to(ctx.dtypes[0]), grad_w.to(ctx.dtypes[1]), None
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The model
 
 
@@ -295,13 +298,13 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def forward(self, tokens):
-        """Plain causal logits: (B, T) -> (B, T, V). Nothing fast uses it; the tests compare the fast paths with it."""
+        """Plain causal logits: (B, T) -> (B, T, V). Not fast: the tests compare the fast paths with it."""
         x = self.hidden(tokens, torch.arange(tokens.size(1), device=tokens.device), None)
         return F.linear(x, self.wte.weight)
 
     def token_logps(self, batch):
-        """log pi(y_t | x, y_<t) of every response token of a packed batch that lies on the model's device: (N,)
-        float32, in the order of `batch.targets`; `batch.owner` says whose each is. Prompt tokens have none."""
+        """log pi(y_t | x, y_<t) of each response token of a packed batch on the model's device: (N,) float32,
+        in the order of `batch.targets`; `batch.owner` says whose each is. Prompt tokens have none."""
         if batch.mask is None:
             batch.mask = pieces_mask(batch)
         x = self.hidden(batch.tokens, batch.positions, batch.mask)                  # (T, d)
@@ -309,18 +312,19 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name):
-        """A GPT from a hub name (gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, or owner/model of a GPT-2), a folder
-        of transformers', a run's `out_dir` (its ckpt.pt), or a checkpoint file such as out/run/best.pt. float32, on the
-        CPU. Raises InputError, one line, where it is none of these or does not fit GPT-2."""
+        """A GPT from a hub name (gpt2, gpt2-medium, -large, -xl, distilgpt2, or owner/model of a GPT-2), a
+        folder of transformers', a run's `out_dir` (its ckpt.pt), or a checkpoint file like out/run/best.pt.
+        float32, on the CPU. Raises InputError, one line, where it is none of these or does not fit GPT-2."""
         path = find_pretrained(name)
         if os.path.isdir(path):
             config, state = load_folder(path)
         else:
             checkpoint = load_checkpoint(path)
             config, state = GPTConfig(**checkpoint['model_config']), checkpoint['model']
-        with torch.device('meta'):                       # no memory, no time spent on weights about to be replaced
+        with torch.device('meta'):                       # no memory or time for weights about to be replaced
             model = cls(config)
-        state = {k: t.to(torch.float32, copy=True, memory_format=torch.contiguous_format) for k, t in state.items()}
+        state = {k: t.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+                 for k, t in state.items()}
         try:
             model.load_state_dict(state, assign=True)
         except RuntimeError as e:
@@ -328,32 +332,34 @@ class GPT(nn.Module):
         return model
 
     def save_pretrained(self, folder):
-        """Write config.json and model.safetensors: what transformers.GPT2LMHeadModel.from_pretrained(folder) loads."""
+        """Write config.json and model.safetensors into `folder`: what transformers.GPT2LMHeadModel loads."""
         from safetensors.torch import save_file
         c = self.config
         os.makedirs(folder, exist_ok=True)
         tensors = {}
         for name, p in self.state_dict().items():
             their, transposed = their_name(name)
-            tensors['transformer.' + their] = (p.t() if transposed else p).detach().to('cpu', torch.float32).contiguous()
+            p = (p.t() if transposed else p).detach()
+            tensors['transformer.' + their] = p.to('cpu', torch.float32).contiguous()
         save_file(tensors, os.path.join(folder, 'model.safetensors.tmp'), metadata={'format': 'pt'})
         with open(os.path.join(folder, 'config.json.tmp'), 'w', encoding='utf-8') as f:
-            json.dump(dict(architectures=['GPT2LMHeadModel'], model_type='gpt2', activation_function='gelu_new',
-                           n_positions=c.block_size, n_ctx=c.block_size, vocab_size=c.vocab_size, n_embd=c.n_embd,
-                           n_layer=c.n_layer, n_head=c.n_head, layer_norm_epsilon=1e-5, initializer_range=0.02,
-                           bos_token_id=c.eos_token_id, eos_token_id=c.eos_token_id, tie_word_embeddings=True,
-                           torch_dtype='float32'), f, indent=2)
-        for name in ('model.safetensors', 'config.json'):    # whole files only, also where this is interrupted
+            json.dump(dict(architectures=['GPT2LMHeadModel'], model_type='gpt2',
+                           activation_function='gelu_new', n_positions=c.block_size, n_ctx=c.block_size,
+                           vocab_size=c.vocab_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+                           layer_norm_epsilon=1e-5, initializer_range=0.02, bos_token_id=c.eos_token_id,
+                           eos_token_id=c.eos_token_id, tie_word_embeddings=True, torch_dtype='float32'),
+                      f, indent=2)
+        for name in ('model.safetensors', 'config.json'):    # whole files only, even where this is cut short
             os.replace(os.path.join(folder, name + '.tmp'), os.path.join(folder, name))
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=0):
         """Responses to `prompts`, lists of token ids of any lengths: a list of lists of new token ids.
 
-        A response ends with the end-of-text token, or without one where `max_new_tokens` or the model's context ran
-        out. temperature 0 takes the likeliest token; top_k (0: off) and top_p (1: off) cut the distribution's tail.
-        Token t of row i is drawn with the seed's t-th row of uniform numbers, whatever the other rows do, so two
-        models asked with one seed differ only where their distributions do.
+        A response ends with the end-of-text token, or without one where `max_new_tokens` or the context ran
+        out. temperature 0 takes the likeliest token; top_k (0: off) and top_p (1: off) cut the distribution's
+        tail. Token t of row i is drawn with the seed's t-th row of uniform numbers, whatever other rows do,
+        so two models asked with one seed differ only where their distributions do.
         """
         block_size, device = self.config.block_size, self.device
         if not prompts or min(map(len, prompts)) < 1 or max(map(len, prompts)) >= block_size:
@@ -363,24 +369,24 @@ class GPT(nn.Module):
         rng = torch.Generator().manual_seed(seed)
         caches = [Cache(B, limit, self.config, self.wte.weight) for _ in self.blocks]
 
-        # prompts padded on the right: a row's padding is never visible, and its cache slots are written over in time
+        # prompts padded on the right: padding is never visible, and its cache slots are written over in time
         tokens = torch.tensor([list(p) + [0] * (longest - len(p)) for p in prompts], device=device)   # (B, t)
         positions = torch.arange(longest, device=device).expand(B, -1)                                # (B, t)
-        last = torch.tensor([len(p) - 1 for p in prompts], device=device)   # the column to predict from, in each row
-        ends = last                                                         # where each row's newest token stands
+        last = torch.tensor([len(p) - 1 for p in prompts], device=device)   # where each row predicts from
+        ends = last                                                         # where its newest token stands
         rows = torch.arange(B, device=device)                               # which prompt a row answers
         going = torch.ones(B, dtype=torch.bool, device=device)
         responses = [[] for _ in prompts]
         for _ in range(max_new_tokens):
             keys = int(ends.max()) + 1 if len(tokens[0]) == 1 else longest
-            seen = torch.arange(keys, device=device) <= positions[:, :, None]                         # (B, t, keys)
+            seen = torch.arange(keys, device=device) <= positions[:, :, None]       # (B, t, keys)
             for cache in caches:
                 cache.positions, cache.keys = positions, keys
             x = self.hidden(tokens, positions, seen[:, None], caches)
-            x = x[torch.arange(len(rows), device=device), last]                                       # (B, d)
-            logits = F.linear(x, self.wte.weight).float()                                             # (B, V)
+            x = x[torch.arange(len(rows), device=device), last]                     # (B, d)
+            logits = F.linear(x, self.wte.weight).float()                           # (B, V)
             uniform = torch.rand(B, generator=rng).to(device)[rows]
-            next_token = draw(logits, temperature, top_k, top_p, uniform)                             # (B,)
+            next_token = draw(logits, temperature, top_k, top_p, uniform)           # (B,)
             for row, token, live in zip(rows.tolist(), next_token.tolist(), going.tolist()):
                 if live:
                     responses[row].append(token)
@@ -388,7 +394,7 @@ class GPT(nn.Module):
             going = going & (next_token != self.config.eos_token_id) & (ends < block_size)
             if not going.any():
                 break
-            if going.sum() <= 0.75 * len(rows):                             # ... and leave the batch now and then
+            if going.sum() <= 0.75 * len(rows):                             # ... and at times leave the batch
                 rows, next_token, ends = rows[going], next_token[going], ends[going]
                 for cache in caches:
                     cache.k, cache.v = cache.k[going], cache.v[going]
@@ -403,10 +409,10 @@ class Cache:
 
     def __init__(self, B, limit, config, like):
         shape = (B, limit, config.n_head, config.n_embd // config.n_head)
-        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)      # (B, limit, H, D)
-        self.positions = self.keys = None   # (B, t): where the next t tokens stand; how many slots are in use by then
+        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)   # (B, limit, H, D)
+        self.positions = self.keys = None   # (B, t): where the next t tokens stand; slots in use by then
 
-    def append(self, k, v):                                                # each (B, H, t, D) -> (B, H, keys, D)
+    def append(self, k, v):                                             # each (B, H, t, D) -> (B, H, keys, D)
         rows = torch.arange(k.size(0), device=k.device)[:, None]
         self.k[rows, self.positions] = k.transpose(1, 2)
         self.v[rows, self.positions] = v.transpose(1, 2)
@@ -424,7 +430,7 @@ def draw(logits, temperature, top_k, top_p, uniform):
         probs, order = probs.sort(dim=-1, descending=True)
         if top_k:
             probs[:, top_k:] = 0
-        if top_p < 1.0:   # the fewest tokens that together reach top_p: those before which less than top_p is covered
+        if top_p < 1.0:   # the fewest tokens that together reach top_p: those before which it is not reached
             probs[probs.cumsum(dim=-1) - probs >= top_p * probs.sum(dim=-1, keepdim=True)] = 0
     cumulative = probs.double().cumsum(dim=-1)
     at = torch.searchsorted(cumulative, (uniform.double() * cumulative[:, -1])[:, None], right=True)
@@ -432,17 +438,17 @@ def draw(logits, temperature, top_k, top_p, uniform):
     return (at if order is None else order.gather(1, at))[:, 0]
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Load and save
 
 
-# What a model folder of transformers calls our tensors. Its Conv1D keeps a matrix as (in, out), nn.Linear as (out, in).
+# What transformers calls our tensors. Its Conv1D keeps a matrix as (in, out), nn.Linear as (out, in).
 THEIRS = {'ln_1': 'ln_1', 'c_attn': 'attn.c_attn', 'attn_proj': 'attn.c_proj',
           'ln_2': 'ln_2', 'c_fc': 'mlp.c_fc', 'mlp_proj': 'mlp.c_proj'}
 
 
 def their_name(name):
-    """Our parameter's name -> (theirs, without the leading 'transformer.'; whether the matrix lies transposed)."""
+    """Our parameter's name -> (theirs, without its 'transformer.'; whether the matrix lies transposed)."""
     if not name.startswith('blocks.'):
         return name, False
     _, layer, part, kind = name.split('.')
@@ -450,7 +456,7 @@ def their_name(name):
 
 
 def load_file(path):
-    """The tensors of a .safetensors, .bin or .pt file, mapped rather than read, without running any code in it."""
+    """The tensors of a .safetensors, .bin or .pt file, mapped rather than read; no code in it is run."""
     try:
         if path.endswith('.safetensors'):
             from safetensors.torch import load_file as load_safetensors
@@ -459,7 +465,8 @@ def load_file(path):
     except FileNotFoundError:
         raise InputError(f'{path}: no such file')
     except Exception as e:    # each format has errors of its own for a file cut short, or of another kind
-        raise InputError(f'{path}: not a whole model file ({type(e).__name__}: {str(e).splitlines()[0][:120]})')
+        reason = str(e).splitlines()[0][:120]
+        raise InputError(f'{path}: not a whole model file ({type(e).__name__}: {reason})')
 
 
 def load_json(path):
@@ -482,10 +489,12 @@ def load_folder(folder):
         if theirs.get(key, ours) != ours:
             raise InputError(f'{folder}/config.json: {key} is {theirs[key]!r}, and GPT-2 here has {ours!r}')
     if theirs.get('n_inner') not in (None, 4 * d):
-        raise InputError(f'{folder}/config.json: n_inner is {theirs["n_inner"]}, and GPT-2 here has 4 * n_embd')
+        raise InputError(f'{folder}/config.json: n_inner is {theirs["n_inner"]}, '
+                         'and GPT-2 here has 4 * n_embd')
     try:
-        config = GPTConfig(block_size=theirs.get('n_positions') or theirs['n_ctx'], vocab_size=theirs['vocab_size'],
-                           n_layer=theirs['n_layer'], n_head=theirs['n_head'], n_embd=d,
+        config = GPTConfig(block_size=theirs.get('n_positions') or theirs['n_ctx'],
+                           vocab_size=theirs['vocab_size'], n_layer=theirs['n_layer'],
+                           n_head=theirs['n_head'], n_embd=d,
                            eos_token_id=theirs.get('eos_token_id', theirs['vocab_size'] - 1))
     except KeyError as e:
         raise InputError(f'{folder}/config.json: no {e}')
@@ -534,7 +543,7 @@ def load_checkpoint(path):
 
 
 def find_pretrained(name):
-    """What `from_pretrained` takes -> a local path: a checkpoint file, or a folder of transformers' (downloaded)."""
+    """What `from_pretrained` takes -> a path: a checkpoint file or a folder of transformers' (downloaded)."""
     if os.path.isfile(name):
         return name
     if os.path.isdir(name):
@@ -549,17 +558,20 @@ def find_pretrained(name):
         raise InputError(f'{name}: no such file or folder, and not one of {", ".join(SIZES)}')
     from huggingface_hub import snapshot_download
     try:
-        folder = snapshot_download(repo, allow_patterns=['config.json', 'model*.safetensors', '*.safetensors.index.json'])
+        patterns = ['config.json', 'model*.safetensors', '*.safetensors.index.json']
+        folder = snapshot_download(repo, allow_patterns=patterns)
         if not any(f.endswith('.safetensors') for f in os.listdir(folder)):
             folder = snapshot_download(repo, allow_patterns=['config.json', 'pytorch_model*'])
         return folder
     except Exception as e:    # no network, no such repository, no permission: the hub's errors share no class
-        raise InputError(f'{name}: no such folder, and the hub did not give it ({str(e).strip().splitlines()[0][:160]})')
+        reason = str(e).strip().splitlines()[0][:160]
+        raise InputError(f'{name}: no such folder, and the hub did not give it ({reason})')
 
 
 if __name__ == '__main__':
     if len(sys.argv) != 3:
-        sys.exit('usage: python model.py MODEL FOLDER   (any model from_pretrained knows -> a folder for transformers)')
+        sys.exit('usage: python model.py MODEL FOLDER   '
+                 '(any model from_pretrained knows -> a folder for transformers)')
     try:
         GPT.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])
     except InputError as e:

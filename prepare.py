@@ -58,7 +58,7 @@ def first_line(e):
     return f'{type(e).__name__}: {e}'.splitlines()[0][:160]
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Tokenizers
 
 
@@ -78,7 +78,7 @@ def get_tokenizer(name):
                          'set TIKTOKEN_CACHE_DIR to a folder that holds them')
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Records: any shape -> (prompt, [chosen, rejected], p)
 
 ROLES = {'user': 'Human', 'human': 'Human', 'assistant': 'Assistant', 'gpt': 'Assistant', 'system': 'System'}
@@ -182,8 +182,7 @@ def read_record(record, template='', label_from_scores=False):
     p = number_of(record, 'p') if record.get('p') is not None else 1.0
     if not 0 <= p <= 1:
         raise InputError(f"'p' is {p}, not a probability")
-    given = [key for key in ('chosen_score', 'rejected_score') if record.get(key) is not None]
-    scores = [number_of(record, key) for key in given]
+    scores = [number_of(record, k) for k in ('chosen_score', 'rejected_score') if record.get(k) is not None]
     if len(scores) == 1 or (label_from_scores and not scores):
         raise InputError("'chosen_score' and 'rejected_score' go together, and one is missing")
     if scores and scores[0] < scores[1]:
@@ -193,7 +192,7 @@ def read_record(record, template='', label_from_scores=False):
     return prompt, responses, p, notes
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Sources: anything -> a stream of (where it stands, raw record), the whole of it never in memory
 
 
@@ -310,14 +309,14 @@ def parse(raw):
     except UnicodeDecodeError as e:
         raise InputError(f'not valid UTF-8 ({e.reason} at byte {e.start})')
     except json.JSONDecodeError as e:
-        raise InputError(f'not valid JSON ({e.msg} at column {e.colno})')
+        raise InputError(f'not valid JSON ({e.msg.removesuffix(" at")} at character {e.pos + 1})')
     except InputError:    # of unique_keys
         raise
     except (ValueError, RecursionError) as e:    # thousands of digits, or of brackets
         raise InputError(f'not valid JSON ({e})')
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Text -> tokens, in chunks of records, in as many processes as there are cores
 
 
@@ -527,7 +526,7 @@ def report(meta, lengths):
     return '\n'.join(lines)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Reading the files back
 
 
@@ -584,7 +583,7 @@ class Pairs:
         return prompt, [self.tokens[a:b] for a, b in zip(ends, ends[1:])]
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The command
 
 

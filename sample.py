@@ -6,9 +6,9 @@ Completions from a policy, alone or beside another model.
     python sample.py gpt2 --prompts=prompts.txt --temperature=0 --out=greedy.jsonl
     python sample.py out/dpo_gpt2 --template=chat                               # no prompts: asks for them
 
-MODEL is any of from_pretrained's names. --compare puts two models side by side: both draw with the same random
-numbers, so that they differ only where their distributions do. What is printed also goes to a .jsonl file, a line a
-completion, as {"model", "prompt", "response", "tokens", "ended", "seed"}: to --out, or to a run's folder.
+MODEL is any of from_pretrained's names. --compare puts two models side by side: both draw with the same
+random numbers, so they differ only where their distributions do. What is printed also goes to a .jsonl file
+(--out or in a run's folder), a line a completion: {"model", "prompt", "response", "tokens", "ended", "seed"}.
 Left out: serving, beam search, streaming.
 """
 import json
@@ -60,7 +60,8 @@ def read_prompts(options, run, tokenizer):
         try:
             with open(options.prompts, encoding='utf-8') as f:
                 lines = [line.rstrip('\n') for line in f if line.strip()]
-            texts += [json.loads(line)['prompt'] for line in lines] if options.prompts.endswith('.jsonl') else lines
+            jsonl = options.prompts.endswith('.jsonl')
+            texts += [json.loads(line)['prompt'] if jsonl else line for line in lines]
         except OSError as e:
             raise InputError(f'prompts: {options.prompts} cannot be read ({e.strerror})')
         except (ValueError, KeyError, TypeError) as e:
@@ -79,7 +80,7 @@ def complete(model, prompts, options, tokenizer):
     """[(text, ids), ...] -> for each, `n` completions (text, number of tokens, whether it ended, seed)."""
     room = model.config.block_size - 1
     found = []
-    for k in range(options.n):    # completions of one seed together: what a prompt gets does not depend on `n`
+    for k in range(options.n):    # a seed's completions together: what a prompt gets does not depend on `n`
         for i in range(0, len(prompts), options.batch_size):
             ids = [p[-room:] for _, p in prompts[i:i + options.batch_size]]
             seed = options.seed + k * 1_000_003 + i
@@ -102,8 +103,8 @@ def main(argv):
     models = [GPT.from_pretrained(name).to(machine.device) for name in names]
     for name, model in zip(names, models):
         if not tokenizer.n_vocab <= model.config.vocab_size < tokenizer.n_vocab + 128:
-            raise InputError(f'tokenizer: {tokenizer.name!r} has {tokenizer.n_vocab} tokens, and {name} was made for '
-                             f'{model.config.vocab_size}; --tokenizer=NAME')
+            raise InputError(f'tokenizer: {tokenizer.name!r} has {tokenizer.n_vocab} tokens, and {name} was '
+                             f'made for {model.config.vocab_size}; --tokenizer=NAME')
     if machine.dtype == 'bfloat16':
         models = [model.bfloat16() for model in models]
     prompts = read_prompts(options, run, tokenizer)

@@ -1,8 +1,8 @@
 """
-Objectives that need no reference: pure functions of log-probabilities, summed over each response's tokens, and of the
-responses' lengths in tokens.
+Objectives that need no reference: pure functions of log-probabilities, summed over each response's tokens,
+and of the responses' lengths in tokens.
 
-Every function takes (B,) tensors and returns (losses, chosen_rewards, rejected_rewards), each (B,), as dpo.py's do.
+All take (B,) tensors and return (losses, chosen_rewards, rejected_rewards), each (B,), as dpo.py's do.
 
     python train.py config/simpo_demo.py --loss=simpo --gamma=1.0
 """
@@ -18,10 +18,10 @@ def simpo_loss(policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejec
 
         loss = -log sigma(beta/|y_w| log pi(y_w|x) - beta/|y_l| log pi(y_l|x) - gamma)
 
-    The reward is beta times the mean log-prob of a response's tokens; `gamma` is the margin, in units of reward, by
-    which chosen is asked to win (the paper tunes gamma/beta, 0.3 to 0.5 for the most part). `label_smoothing` and `p`
-    as in dpo_loss; they weigh the two sides of z = r_w - r_l - gamma, so the margin stays on chosen's side, as in the
-    authors' code. `sft_weight` adds the chosen response's mean negative log-likelihood, times it (their appendix).
+    The reward is beta times the mean log-prob of a response's tokens; `gamma` is the margin, in units of
+    reward, by which chosen is asked to win (the paper tunes gamma/beta, mostly 0.3 to 0.5). `label_smoothing`
+    and `p` as in dpo_loss; they weigh the two sides of z = r_w - r_l - gamma, so the margin stays on chosen's
+    side, as in the authors' code. `sft_weight` weighs chosen's mean negative log-likelihood (their appendix).
     """
     chosen_rewards = beta * policy_chosen_logps / chosen_lengths
     rejected_rewards = beta * policy_rejected_logps / rejected_lengths
@@ -32,8 +32,8 @@ def simpo_loss(policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejec
 
 
 def cpo_loss(policy_chosen_logps, policy_rejected_logps, beta=0.1, sft_weight=1.0):
-    """Contrastive preference optimisation (Xu et al. 2024, arXiv:2401.08417, equation 5): DPO with a uniform reference,
-    held in place by the chosen response's likelihood,
+    """Contrastive preference optimisation (Xu et al. 2024, arXiv:2401.08417, equation 5): DPO with a uniform
+    reference, held in place by the chosen response's likelihood,
 
         loss = -log sigma(beta log pi(y_w|x) - beta log pi(y_l|x)) - sft_weight log pi(y_w|x)
     """
@@ -62,14 +62,14 @@ def slic_loss(policy_chosen_logps, policy_rejected_logps, delta=1.0, sft_weight=
 
         loss = max(0, delta - log pi(y_w|x) + log pi(y_l|x)) - sft_weight log pi(y_w|x)
 
-    The paper regularises towards a model's own SFT target; here, as in SimPO's comparison, it is the chosen response.
+    The paper regularises towards a model's own SFT target; here, as in SimPO's comparison, towards chosen.
     """
     losses = F.relu(delta - policy_chosen_logps + policy_rejected_logps) - sft_weight * policy_chosen_logps
     return losses, policy_chosen_logps.detach(), policy_rejected_logps.detach()
 
 
 def rrhf_loss(policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths, sft_weight=1.0):
-    """Rank responses to align human feedback, RRHF (Yuan et al. 2023, arXiv:2304.05302, equations 2 to 4), on pairs:
+    """Rank responses to align human feedback (Yuan et al. 2023, arXiv:2304.05302, equations 2-4), on pairs:
 
         loss = max(0, 1/|y_l| log pi(y_l|x) - 1/|y_w| log pi(y_w|x)) - sft_weight log pi(y_w|x)
     """
@@ -79,7 +79,7 @@ def rrhf_loss(policy_chosen_logps, policy_rejected_logps, chosen_lengths, reject
 
 
 def sft_loss(policy_chosen_logps):
-    """Supervised fine-tuning on the chosen responses: loss = -log pi(y_w|x), in nats per response. How a reference is
-    made where there is none. A sum, not a mean over the tokens: with one 1/|y| per response, short ones would weigh
-    more, and the model would learn to end too soon. No comparison, so no rewards: None stands for them."""
+    """Supervised fine-tuning on the chosen responses: loss = -log pi(y_w|x), in nats per response. How a
+    reference is made where there is none. A sum, not a mean over the tokens: with 1/|y| for each, short
+    ones would weigh more, and the model would learn to end too soon. No comparison, so no rewards: None."""
     return -policy_chosen_logps, None, None

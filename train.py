@@ -4,10 +4,10 @@ Train a GPT on preferences: python train.py CONFIG [--name=value ...]
     python train.py config/dpo_demo.py                                   # no download, minutes on a CPU
     python train.py config/dpo_gpt2.py --dataset=pairs.jsonl --beta=0.2  # your pairs
     python train.py config/dpo_gpt2.py --resume=True                     # go on where it stopped
-    python train.py config/dpo_gpt2.py --eval_only=True                  # init_from on the validation set: eval.jsonl
+    python train.py config/dpo_gpt2.py --eval_only=True                  # init_from's evaluation: eval.jsonl
 
-A config file is plain Python, and is run; what it assigns must be a field of Config below, and so must every --name.
-From top to bottom: the config, the data of a step, scoring and the reference, evaluation, checkpoints, the loop.
+A config file is plain Python, and is run; what it assigns, and every --name, must be a field of Config below.
+Top to bottom: the config, the data of a step, scoring and the reference, evaluation, checkpoints, the loop.
 Left out: sharding of a model over GPUs, LoRA and quantised weights, gradient checkpointing, dropout.
 """
 import ast
@@ -29,6 +29,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import types
 from dataclasses import dataclass
 
@@ -47,23 +48,23 @@ LOSSES = {'sft': simpo.sft_loss, 'dpo': dpo.dpo_loss, 'robust_dpo': dpo.robust_d
           'simpo': simpo.simpo_loss, 'cpo': simpo.cpo_loss, 'orpo': simpo.orpo_loss, 'slic': simpo.slic_loss,
           'rrhf': simpo.rrhf_loss}
 OPTIONS = sorted({name for loss in LOSSES.values() for name, p in inspect.signature(loss).parameters.items()
-                  if p.default is not inspect.Parameter.empty and name != 'p'})    # what some objective can be told
+                  if p.default is not inspect.Parameter.empty and name != 'p'})  # any objective's options
 
 
 @dataclass
 class Config:
     # where from and where to
     out_dir: str = 'out/run'            # checkpoints, log.jsonl, eval.jsonl
-    init_from: str = 'gpt2'             # the policy at the start, and the reference: all that GPT.from_pretrained
-                                        # takes, or 'scratch'
-    init_config: str = ''               # the config file that makes init_from, run first where it is not there yet
+    init_from: str = 'gpt2'             # the policy at the start, and the reference: all that
+                                        # GPT.from_pretrained takes, or 'scratch'
+    init_config: str = ''               # the config file that makes init_from, run first where it is missing
     n_layer: int = 12                   # these four for 'scratch' alone
     n_head: int = 12
     n_embd: int = 768
     block_size: int = 1024
     resume: bool = False                # go on from out_dir/ckpt.pt, exactly
     overwrite: bool = False             # start anew though out_dir holds a run
-    eval_only: bool = False             # evaluate init_from (with resume: ckpt.pt), write eval.jsonl, and stop
+    eval_only: bool = False             # evaluate init_from (with resume: ckpt.pt), write eval.jsonl, stop
     # data: see prepare.py
     dataset: str = 'demo'               # demo, a file, a hub name, or a folder that prepare.py made
     split: str = ''                     # of a hub's data set; empty: train, or train_prefs
@@ -77,21 +78,21 @@ class Config:
     label_from_scores: bool = False     # p = sigma(chosen_score - rejected_score)
     data_dir: str = 'data'
     # the objective; None leaves an option at the objective's own default (see dpo.py, simpo.py)
-    loss: str = 'dpo'                   # sft; with a reference: dpo, robust_dpo, ipo, rdpo, kto, plackett_luce;
+    loss: str = 'dpo'                   # sft; with reference: dpo, robust_dpo, ipo, rdpo, kto, plackett_luce;
                                         # without: simpo, cpo, orpo, slic, rrhf
     beta: float | None = None           # dpo: 0.1, the KL constraint's weight; simpo: 2.0, the reward's scale
     gamma: float | None = None          # simpo: 0.5, the target margin
     delta: float | None = None          # slic: 1.0, its margin
     alpha: float | None = None          # rdpo: 0.01, what a token costs
     label_smoothing: float | None = None  # the share of labels taken to be flipped
-    length_average: bool | None = None  # ipo: divide log-ratios by the lengths, as TRL does and the paper does not
+    length_average: bool | None = None  # ipo: divide log-ratios by the lengths, as TRL does, unlike the paper
     reference_point: float | None = None  # kto: 0.0, the reward that counts as neither gain nor loss
-    sft_weight: float | None = None     # cpo, slic, rrhf: 1.0; simpo: 0.0; weight of the chosen response's likelihood
-    reference: str | None = None        # 'cached': its log-probs computed once and kept on disk; 'live': every step
+    sft_weight: float | None = None     # cpo, slic, rrhf: 1.0; simpo: 0.0; weight of chosen's likelihood
+    reference: str | None = None        # 'cached': log-probs computed once, kept on disk; 'live': every step
     # optimisation
     batch_size: int = 64                # pairs per step
-    tokens_per_batch: int = 0           # tokens per micro-batch: bounds the memory, leaves the result alone; 0: 16384
-                                        # on cuda, 2048 on a cpu
+    tokens_per_batch: int = 0           # tokens per micro-batch: bounds the memory, leaves the result alone;
+                                        # 0: 16384 on cuda, 2048 on a cpu
     learning_rate: float = 1e-6
     schedule: str = 'cosine'            # after the warm-up: cosine or linear to min_lr, or constant
     warmup_iters: int = 0
@@ -113,19 +114,19 @@ class Config:
     compile: bool | None = None         # torch.compile; None: on cuda
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The config
 
 
 def parse_value(cfg, name, value, where):
-    """`value` as the type that the field `name` has; a string from the command line is read as a Python literal."""
+    """`value` as the type of the field `name`; a string from the command line is read as a Python literal."""
     fields = {f.name: f for f in dataclasses.fields(cfg)}
     if name not in fields:
-        near = difflib.get_close_matches(name, fields, n=1)
-        raise InputError(f'{where}: {name!r} is not a name of the config' + (f'; {near[0]!r} is' if near else ''))
+        near = ''.join(f'; {match!r} is' for match in difflib.get_close_matches(name, fields, n=1))
+        raise InputError(f'{where}: {name!r} is not a name of the config{near}')
     annotation = fields[name].type
     kinds = annotation.__args__ if isinstance(annotation, types.UnionType) else (annotation,)
-    if where == 'command line' and str not in kinds or (where == 'command line' and value == 'None' and type(None) in kinds):
+    if where == 'command line' and (str not in kinds or value == 'None' and type(None) in kinds):
         with contextlib.suppress(ValueError, SyntaxError):
             value = ast.literal_eval(value)
     if type(value) is int and float in kinds:
@@ -137,15 +138,19 @@ def parse_value(cfg, name, value, where):
 
 
 def load_config(argv, cfg=None):
-    """[CONFIG] [--name=value ...] -> Config, whose `given` names what was set. Raises InputError, one line. Another
-    dataclass of options (sample.py has one) may come as `cfg`."""
+    """[CONFIG] [--name=value ...] -> Config, whose `given` names what was set. Raises InputError, one line.
+    Another dataclass of options (sample.py has one) may come as `cfg`."""
     cfg = Config() if cfg is None else cfg
-    cfg.given = set()
+    cfg.given, from_file = set(), set()
     for i, arg in enumerate(argv):
         name, equals, value = arg.removeprefix('--').partition('=')
         if arg.startswith('--') and equals:
             setattr(cfg, name, parse_value(cfg, name, value, 'command line'))
             cfg.given.add(name)
+            other = {'max_iters': 'epochs', 'epochs': 'max_iters'}.get(name)
+            if other in from_file:                         # either says how long; the file's gives way
+                setattr(cfg, other, getattr(Config, other))
+                cfg.given.discard(other)
         elif i or arg.startswith('-'):
             raise InputError(f'command line: {arg!r} is not of the form --name=value')
         elif not os.path.isfile(arg):
@@ -154,12 +159,15 @@ def load_config(argv, cfg=None):
             try:
                 assigned = runpy.run_path(arg)
             except Exception as e:
-                line = e.lineno if isinstance(e, SyntaxError) else e.__traceback__.tb_next and inspect.getinnerframes(e.__traceback__)[-1].lineno
+                frames = traceback.extract_tb(e.__traceback__)
+                lines = [0] + [frame.lineno for frame in frames if frame.filename == arg]
+                line = e.lineno if isinstance(e, SyntaxError) else lines[-1]
                 raise InputError(f'{arg} line {line}: {type(e).__name__}: {e}')
             for name, value in assigned.items():
                 if not name.startswith('_') and not inspect.ismodule(value) and not callable(value):
                     setattr(cfg, name, parse_value(cfg, name, value, arg))
-                    cfg.given.add(name)
+                    from_file.add(name)
+            cfg.given |= from_file
     if isinstance(cfg, Config):
         check_config(cfg)
     return cfg
@@ -170,25 +178,27 @@ def loss_parameters(loss):
 
 
 def check_config(cfg):
-    """Raise InputError, naming the key, where a value is out of range or is one that this objective ignores."""
-    choices = dict(loss=LOSSES, schedule=('cosine', 'linear', 'constant'), truncation=('cut', 'drop'), template=('', 'chat'),
-                   bad_records=('error', 'skip'), reference=('cached', 'live', None), dtype=('auto', 'float32', 'bfloat16'))
+    """Raise InputError, naming the key, where a value is out of range or one that this objective ignores."""
+    choices = dict(loss=LOSSES, schedule=('cosine', 'linear', 'constant'), truncation=('cut', 'drop'),
+                   template=('', 'chat'), bad_records=('error', 'skip'), reference=('cached', 'live', None),
+                   dtype=('auto', 'float32', 'bfloat16'))
     for name, allowed in choices.items():
         if getattr(cfg, name) not in allowed:
-            raise InputError(f'{name}: {getattr(cfg, name)!r} is not one of {", ".join(map(repr, filter(None, allowed)))}')
-    for name in ('n_layer', 'n_head', 'n_embd', 'block_size', 'max_prompt_length', 'batch_size', 'eval_interval',
-                 'log_interval'):
-        if getattr(cfg, name) < 1:
-            raise InputError(f'{name}: {getattr(cfg, name)} is less than 1')
-    for name in ('learning_rate', 'warmup_iters', 'min_lr', 'max_iters', 'epochs', 'weight_decay', 'grad_clip', 'eval_pairs',
-                 'tokens_per_batch', 'val_fraction', 'seed', 'beta', 'delta', 'label_smoothing', 'sft_weight'):
-        if (getattr(cfg, name) or 0) < 0:
-            raise InputError(f'{name}: {getattr(cfg, name)} is less than 0')
+            known = ', '.join(map(repr, filter(None, allowed)))
+            raise InputError(f'{name}: {getattr(cfg, name)!r} is not one of {known}')
+    at_least = {1: 'n_layer n_head n_embd block_size max_prompt_length batch_size eval_interval log_interval',
+                0: 'learning_rate warmup_iters min_lr max_iters epochs weight_decay grad_clip eval_pairs '
+                   'tokens_per_batch val_fraction seed beta delta label_smoothing sft_weight'}
+    for least, names in at_least.items():
+        for name in names.split():
+            if (getattr(cfg, name) or 0) < least:
+                raise InputError(f'{name}: {getattr(cfg, name)} is less than {least}')
     for name, limit in dict(val_fraction=1.0, label_smoothing=0.5, beta1=1.0, beta2=1.0).items():
         if not 0 <= (getattr(cfg, name) or 0) <= limit:
             raise InputError(f'{name}: {getattr(cfg, name)} is not between 0 and {limit}')
     if cfg.max_prompt_length >= cfg.max_length:
-        raise InputError(f'max_prompt_length: {cfg.max_prompt_length} leaves no room for a response in max_length {cfg.max_length}')
+        raise InputError(f'max_prompt_length: {cfg.max_prompt_length} leaves no room for a response '
+                         f'in max_length {cfg.max_length}')
     if {'max_iters', 'epochs'} <= cfg.given and cfg.max_iters:
         raise InputError('max_iters, epochs: give one of the two')
     ignored = set(OPTIONS) - set(loss_parameters(cfg.loss))
@@ -196,8 +206,8 @@ def check_config(cfg):
     ignored |= {'n_layer', 'n_head', 'n_embd', 'block_size'} if cfg.init_from != 'scratch' else set()
     for name in sorted(ignored & cfg.given):
         if getattr(cfg, name) is not None:
-            by = f'loss = {cfg.loss!r}' if name in (*OPTIONS, 'reference') else f'init_from = {cfg.init_from!r}'
-            raise InputError(f'{name}: ignored with {by}')
+            by = 'loss' if name in (*OPTIONS, 'reference') else 'init_from'
+            raise InputError(f'{name}: ignored with {by} = {getattr(cfg, by)!r}')
 
 
 def needs_reference(loss):
@@ -205,20 +215,21 @@ def needs_reference(loss):
 
 
 def objective(cfg, logps, lengths, reference_logps, p):
-    """The config's loss on summed log-probs (B, K), lengths (B, K), the reference's (B, K) or None, and p (B,).
+    """The config's loss on summed log-probs (B, K), lengths (B, K), the reference's (B, K) or None, p (B,).
 
-    The objective gets what its signature names: log-probs, lengths, and its options where the config sets them.
+    It gets what its signature names: log-probs, lengths, and its options where the config sets them.
     """
     given = dict(policy_chosen_logps=logps[:, 0], policy_rejected_logps=logps[:, -1],
                  chosen_lengths=lengths[:, 0], rejected_lengths=lengths[:, -1], p=p, policy_logps=logps)
     given |= {name: getattr(cfg, name) for name in OPTIONS}
     if reference_logps is not None:
-        given |= dict(reference_logps=reference_logps, reference_chosen_logps=reference_logps[:, 0], reference_rejected_logps=reference_logps[:, -1])
+        given |= dict(reference_logps=reference_logps, reference_chosen_logps=reference_logps[:, 0],
+                      reference_rejected_logps=reference_logps[:, -1])
     names = loss_parameters(cfg.loss)
     return LOSSES[cfg.loss](**{k: v for k, v in given.items() if k in names and v is not None})
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The data of a step
 
 
@@ -228,13 +239,13 @@ def permutation(n, seed, epoch):
 
 
 def step_indices(step, n, batch_size, seed):
-    """The pairs of a step: a slice of the epochs' permutations laid end to end, so there is no state to resume."""
+    """The pairs of a step: a slice of the epochs' permutations end to end, so there is no state to resume."""
     at = np.arange(step * batch_size, (step + 1) * batch_size)
     return np.array([permutation(n, seed, int(i) // n)[int(i) % n] for i in at])
 
 
 def micro_batches(sizes, tokens_per_batch):
-    """Sizes of pairs in tokens -> lists of positions, each within tokens_per_batch: first fit, longest first."""
+    """Sizes in tokens -> lists of positions, each within tokens_per_batch: first fit, longest first."""
     bins = []                                              # [tokens, positions]
     for i in np.argsort(-np.asarray(sizes), kind='stable').tolist():
         b = next((b for b in bins if b[0] + sizes[i] <= tokens_per_batch), None)
@@ -246,8 +257,8 @@ def micro_batches(sizes, tokens_per_batch):
 
 
 def batches(pairs, indices, K, cfg):
-    """The pairs at `indices`, with their first K responses, as packed batches on the device: yields (positions in
-    `indices`, Batch). Where compiled for a GPU they are padded to one shape."""
+    """The pairs at `indices`, with their first K responses, as packed batches on the device: yields
+    (positions in `indices`, Batch). Where compiled for a GPU they are padded to one shape."""
     drawn = [(prompt, responses[:K]) for prompt, responses in (pairs[i] for i in indices)]
     sizes = [len(prompt) + sum(map(len, responses)) for prompt, responses in drawn]
     fixed = cfg.compile and cfg.device == 'cuda'
@@ -257,7 +268,7 @@ def batches(pairs, indices, K, cfg):
         yield members, batch
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Several processes: torchrun --nproc_per_node=N train.py ...  Each takes every N-th pair; sums are exchanged.
 
 RANK, WORLD = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
@@ -280,7 +291,7 @@ def say(text):
         tqdm.write(text)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Scoring, and the reference
 
 
@@ -293,7 +304,8 @@ def score(model, pairs, indices, K, cfg, what='scoring'):
     """log pi(y|x) of the first K responses of the pairs at `indices`: (n, K) float32, on the host."""
     out = torch.zeros(len(indices), K, device=cfg.device)
     mine = np.arange(RANK, len(indices), WORLD)
-    with tqdm(total=len(mine), desc=what, unit=' pairs', disable=None if RANK == 0 else True, leave=False) as bar:
+    with tqdm(total=len(mine), desc=what, unit=' pairs', leave=False,
+              disable=None if RANK == 0 else True) as bar:
         for start in range(0, len(mine), 256):             # so many at a time are sorted into full batches
             some = mine[start:start + 256]
             for members, batch in batches(pairs, indices[some], K, cfg):
@@ -313,11 +325,12 @@ def fingerprint(model):
 
 
 def cached_reference(model, pairs, indices, cfg):
-    """The reference's log-probs of the pairs at `indices`, computed where the cache lacks them: an (n, K) array,
-    mapped from a file beside the data. Zero means not computed yet: a log-prob is below it. The key holds all that
-    the numbers depend on, so a sweep over beta or the learning rate pays once."""
+    """The reference's log-probs of the pairs at `indices`, computed where the cache lacks them: an (n, K)
+    array, mapped from a file beside the data. Zero means not computed yet: a log-prob is below it. The key
+    holds all that the numbers depend on, so a sweep over beta or the learning rate pays once."""
     K, n = pairs.meta['responses'], len(pairs)
-    key = hashlib.sha256(f'{fingerprint(model)} {pairs.hash} {cfg.dtype} {cfg.device}'.encode()).hexdigest()[:12]
+    inputs = f'{fingerprint(model)} {pairs.hash} {cfg.dtype} {cfg.device}'
+    key = hashlib.sha256(inputs.encode()).hexdigest()[:12]
     path = os.path.join(pairs.folder, f'{pairs.split}-reference-{key}.f32')
     with open(path, 'ab') as f:
         f.truncate(n * K * 4)
@@ -335,11 +348,11 @@ def cached_reference(model, pairs, indices, cfg):
     return table
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Evaluation
 
-STATS = ('loss', 'rewards/chosen', 'rewards/rejected', 'rewards/margins', 'rewards/accuracies', 'logps/chosen',
-         'logps/rejected')
+STATS = ('loss', 'rewards/chosen', 'rewards/rejected', 'rewards/margins', 'rewards/accuracies',
+         'logps/chosen', 'logps/rejected')
 
 
 def statistics(losses, chosen_rewards, rejected_rewards, logps):
@@ -363,7 +376,8 @@ def evaluate(model, reference, pairs, indices, cfg, path=None):
     K = pairs.meta['responses']
     logps, ref = torch.from_numpy(score(model, pairs, indices, K, cfg, 'evaluating')), None
     if reference is not None:                              # a live model, or the table of what it once said
-        ref = reference[indices] if isinstance(reference, np.ndarray) else score(reference, pairs, indices, K, cfg)
+        cached = isinstance(reference, np.ndarray)
+        ref = reference[indices] if cached else score(reference, pairs, indices, K, cfg)
         ref = torch.from_numpy(np.array(ref))
     rows = pairs.table[indices]
     lengths, p = torch.from_numpy(rows['responses'].astype(np.int64)), torch.from_numpy(rows['p'].copy())
@@ -371,7 +385,8 @@ def evaluate(model, reference, pairs, indices, cfg, path=None):
     if path and RANK == 0:
         columns = dict(id=rows['id'])
         for k, side in ((0, 'chosen'), (-1, 'rejected'))[:min(K, 2)]:
-            columns |= {f'{side}_logps': logps[:, k], f'reference_{side}_logps': None if ref is None else ref[:, k],
+            columns |= {f'{side}_logps': logps[:, k],
+                        f'reference_{side}_logps': None if ref is None else ref[:, k],
                         f'{side}_length': lengths[:, k], f'{side}_reward': rewards[k]}
         columns = {name: [None] * len(rows) if c is None else c.tolist() for name, c in columns.items()}
         with open(path + '.tmp', 'w') as f:
@@ -381,8 +396,9 @@ def evaluate(model, reference, pairs, indices, cfg, path=None):
 
 
 def both_fall(first, now):
-    """Have the chosen responses become less likely together with the rejected ones, by more than a nat each?"""
-    falls = [now[k] - first[k] for k in ('eval/logps/chosen', 'eval/logps/rejected') if k in now and k in first]
+    """Have the chosen and the rejected responses both become less likely, by more than a nat each?"""
+    sides = ('eval/logps/chosen', 'eval/logps/rejected')
+    falls = [now[k] - first[k] for k in sides if k in now and k in first]
     return len(falls) == 2 and max(falls) < -1
 
 
@@ -392,7 +408,7 @@ def table(metrics, before):
         f'{name:24}{before[name]:>10.4f}{value:>10.4f}' for name, value in metrics.items()])
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Checkpoints and the run's folder
 
 
@@ -437,12 +453,14 @@ def header(cfg, train_pairs, val_pairs):
     commit = git('rev-parse', '--short', 'HEAD')
     commit += '+changes' if git('status', '--porcelain', '--untracked-files=no') else ''
     cpu = f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
-    return dict(config=dataclasses.asdict(cfg), commit=commit, data=dict(train=train_pairs.hash, val=val_pairs.hash),
+    return dict(config=dataclasses.asdict(cfg), commit=commit,
+                data=dict(train=train_pairs.hash, val=val_pairs.hash),
                 hardware=torch.cuda.get_device_name() if cfg.device == 'cuda' else cpu, processes=WORLD,
-                versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
+                versions=dict(python=platform.python_version(), torch=torch.__version__,
+                              numpy=np.__version__))
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The loop
 
 
@@ -456,7 +474,7 @@ def learning_rate(step, cfg):
 
 
 def settle_machine(cfg):
-    """Replace what is 'auto' by what this machine has; make float32 products fast where that costs nothing."""
+    """Replace 'auto' by what this machine has; make float32 products fast where that costs nothing."""
     if cfg.device == 'auto':
         cfg.device = 'cuda' if torch.cuda.is_available() else 'cpu'
     if cfg.device not in ('cuda', 'cpu') or (cfg.device == 'cuda' and not torch.cuda.is_available()):
@@ -470,10 +488,10 @@ def settle_machine(cfg):
             torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
         dist.init_process_group('nccl' if cfg.device == 'cuda' else 'gloo')
     if cfg.device == 'cpu':
-        with contextlib.suppress(OSError, AttributeError):    # glibc: keep freed memory, do not fault it in anew
+        with contextlib.suppress(OSError, AttributeError):    # glibc: keep freed memory, no new page faults
             for option in (-1, -3):                           # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
                 ctypes.CDLL(None).mallopt(option, 2**30)
-        # 'medium' lets oneDNN multiply: twice as fast on some CPUs, but bf16 on others, so look before using it
+        # 'medium' lets oneDNN multiply: twice as fast on some CPUs, but bf16 on others: look before using it
         a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
         torch.set_float32_matmul_precision('medium')
         if (a @ b - (a.double() @ b.double())).abs().max() > 1e-4:
@@ -505,19 +523,23 @@ def check_fit(cfg, model, train_pairs, val_pairs):
     meta = train_pairs.meta
     settings, K = meta['settings'], meta['responses']
     for name, value in settings.items():     # data given by the folder that it was prepared in has its own
-        if cfg.dataset != settings['dataset'] and name in cfg.given - {'dataset'} and getattr(cfg, name) != value:
+        if (cfg.dataset != settings['dataset'] and name in cfg.given - {'dataset'}
+                and getattr(cfg, name) != value):
             raise InputError(f'{name}: {getattr(cfg, name)!r}, but {cfg.dataset} was prepared with {value!r}')
     context, vocab = model.config.block_size, model.config.vocab_size
     if settings['max_length'] > context:
-        raise InputError(f'max_length: {settings["max_length"]} exceeds the context of {cfg.init_from}, {context}')
+        raise InputError(f'max_length: {settings["max_length"]} exceeds the context of '
+                         f'{cfg.init_from}, {context}')
     if not meta['n_vocab'] <= vocab < meta['n_vocab'] + 128:     # may be padded to a round number
-        raise InputError(f'tokenizer: {settings["tokenizer"]!r} has {meta["n_vocab"]} tokens, and {cfg.init_from} was '
-                         f'made for {vocab}')
+        raise InputError(f'tokenizer: {settings["tokenizer"]!r} has {meta["n_vocab"]} tokens, and '
+                         f'{cfg.init_from} was made for {vocab}')
     if cfg.loss != 'sft' and K != 2 and (K < 2 or cfg.loss != 'plackett_luce'):
-        raise InputError(f'dataset: {cfg.dataset} has {K} responses to a prompt; loss = {cfg.loss!r} compares two')
+        raise InputError(f'dataset: {cfg.dataset} has {K} responses to a prompt; '
+                         f'loss = {cfg.loss!r} compares two')
     soft = any((pairs.table['p'] != 1).any() for pairs in (train_pairs, val_pairs))
     if soft and cfg.loss != 'sft' and 'p' not in loss_parameters(cfg.loss):
-        raise InputError(f'dataset: {cfg.dataset} has labels p other than 1, and loss = {cfg.loss!r} ignores them')
+        raise InputError(f'dataset: {cfg.dataset} has labels p other than 1, '
+                         f'and loss = {cfg.loss!r} ignores them')
     if meta['longest_pair'] > cfg.tokens_per_batch:
         raise InputError(f'tokens_per_batch: {cfg.tokens_per_batch} is less than the longest pair, '
                          f'{meta["longest_pair"]} tokens')
@@ -536,8 +558,8 @@ def train(cfg):
     ckpt, best_ckpt, log_path, eval_path = (
         os.path.join(cfg.out_dir, name) for name in ('ckpt.pt', 'best.pt', 'log.jsonl', 'eval.jsonl'))
     if os.path.exists(ckpt) and not (cfg.resume or cfg.overwrite or cfg.eval_only):
-        raise InputError(f'out_dir: {cfg.out_dir} holds a run; --resume=True goes on with it, --overwrite=True '
-                         'starts anew')
+        raise InputError(f'out_dir: {cfg.out_dir} holds a run; --resume=True goes on with it, '
+                         '--overwrite=True starts anew')
     if cfg.resume and not os.path.exists(ckpt):
         raise InputError(f'resume: there is no {ckpt}')
 
@@ -626,15 +648,16 @@ def train(cfg):
                 some = mine[members]
                 p = torch.from_numpy(train_pairs.table['p'][some]).to(cfg.device)
                 cached = isinstance(reference_train, np.ndarray)
-                ready.append((batch, torch.from_numpy(reference_train[some]).to(cfg.device) if cached else None, p))
+                ref = torch.from_numpy(reference_train[some]).to(cfg.device) if cached else None
+                ready.append((batch, ref, p))
         return ready
 
     stop = []                                              # a signal that came: the step is finished first
     handlers = {s: signal.signal(s, lambda s, frame: stop.append(s)) for s in (signal.SIGTERM, signal.SIGINT)}
     if not cfg.resume:
         write_log(header(cfg, train_pairs, val_pairs))
-    say(f'{model.num_params():,} parameters; {n:,} pairs to train on, {len(val):,} to validate; {cfg.max_iters} steps '
-        f'of {cfg.batch_size} pairs on {cfg.device} in {cfg.dtype}')
+    say(f'{model.num_params():,} parameters; {n:,} pairs to train on, {len(val):,} to validate; '
+        f'{cfg.max_iters} steps of {cfg.batch_size} pairs on {cfg.device} in {cfg.dtype}')
     bar = tqdm(total=cfg.max_iters, initial=state['step'], unit=' steps', disable=None if RANK == 0 else True)
     waiting, fresh = load_step(state['step']), True
     since, pairs_since, tokens_since = time.perf_counter(), 0, 0
@@ -648,15 +671,16 @@ def train(cfg):
                 metrics = evaluate(model, reference_val, val_pairs, val, cfg,
                                    eval_path if step == cfg.max_iters else None)
                 write_log(dict(step=step) | metrics)
-                say(f'step {step}: ' + ', '.join(f'{k.removeprefix("eval/")} {v:.4f}' for k, v in metrics.items()))
+                shown = ', '.join(f'{k.removeprefix("eval/")} {v:.4f}' for k, v in metrics.items())
+                say(f'step {step}: {shown}')
                 state['first'], state['metrics'] = state['first'] or metrics, metrics
                 loss = metrics['eval/loss']
                 if both_fall(state['first'], metrics) and not state['warned']:
                     state['warned'] = True
-                    say('warning: the chosen responses have become less likely too, by '
-                        f'{state["first"]["eval/logps/chosen"] - metrics["eval/logps/chosen"]:.1f} nats: what both '
-                        'lose goes to responses that are in no pair. A larger beta, a smaller learning rate or '
-                        'fewer steps hold it back')
+                    fall = state['first']['eval/logps/chosen'] - metrics['eval/logps/chosen']
+                    say(f'warning: the chosen responses have become less likely too, by {fall:.1f} nats: '
+                        'what both lose goes to responses that are in no pair. A larger beta, a smaller '
+                        'learning rate or fewer steps hold it back')
             improved, state['evaluated'] = loss < state['best'], step
             state['best'] = min(state['best'], loss)
             save_checkpoint(improved)
@@ -679,7 +703,7 @@ def train(cfg):
         for p in model.parameters() if WORLD > 1 else ():
             add_up(p.grad)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-        waiting = load_step(step + 1)                      # the host packs the next step while the device works
+        waiting = load_step(step + 1)                      # packed on the host while the device works
         stats[-1] = len(stop)
         add_up(stats)
 
@@ -689,8 +713,8 @@ def train(cfg):
             if step != state['evaluated']:
                 save_checkpoint()
             ids = train_pairs.table['id'][step_indices(step, n, cfg.batch_size, cfg.seed)].tolist()
-            raise InputError(f'step {step}: loss {loss}, gradient norm {grad_norm}; the weights from before it are in '
-                             f'{ckpt}. Its pairs, by their number in the source: {ids}')
+            raise InputError(f'step {step}: loss {loss}, gradient norm {grad_norm}; the weights from before '
+                             f'it are in {ckpt}. Its pairs, by their number in the source: {ids}')
         for group in optimizer.param_groups:
             group['lr'] = lr = learning_rate(step, cfg)
         optimizer.step()
@@ -709,7 +733,8 @@ def train(cfg):
             line = named(stats[:-1], cfg.batch_size, cfg, used) | dict(grad_norm=grad_norm, lr=lr)
             write_log(dict(step=step) | line | dict(pairs_per_s=pairs_since / seconds,
                                                     tokens_per_s=tokens_since / seconds))
-            bar.set_postfix({k.split('/')[-1]: f'{v:.3f}' for k, v in line.items() if k == 'loss' or 'acc' in k})
+            bar.set_postfix({k.split('/')[-1]: f'{v:.3f}' for k, v in line.items()
+                             if k == 'loss' or 'acc' in k})
             since, pairs_since, tokens_since = time.perf_counter(), 0, 0
         if stats[-1] > 0 and not stop:                     # a signal that another process got
             stop.append(signal.SIGTERM)

@@ -17,7 +17,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 @pytest.fixture
 def write(tmp_path):
-    """write('a.jsonl', records): a file of records in the format its name says. Bytes are written as they are."""
+    """write('a.jsonl', records) -> path: a file in the format its name says, or of the bytes given."""
     def write(name, content):
         path = tmp_path / name
         if name.endswith('.parquet') and not isinstance(content, bytes):
@@ -26,8 +26,9 @@ def write(tmp_path):
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(content), path)
             return str(path)
         if not isinstance(content, bytes):
-            content = json.dumps(content) if name.endswith('.json') else ''.join(json.dumps(r) + '\n' for r in content)
-            content = gzip.compress(content.encode()) if name.endswith('.gz') else content.encode()
+            lines = ''.join(json.dumps(record) + '\n' for record in content)
+            content = (json.dumps(content) if name.endswith('.json') else lines).encode()
+            content = gzip.compress(content) if name.endswith('.gz') else content
         path.write_bytes(content)
         return str(path)
     return write
@@ -38,7 +39,7 @@ def settings(tmp_path):
     """settings(dataset, name=value, ...): what prepare() takes, with bytes for tokens and nothing cut."""
     def settings(dataset, **changed):
         return SimpleNamespace(**dict(
-            dataset=dataset, split='', tokenizer='byte', template='', max_length=10_000, max_prompt_length=5_000,
+            dataset=dataset, split='', tokenizer='byte', template='', max_length=2000, max_prompt_length=1000,
             truncation='cut', val_fraction=0.0, bad_records='error', label_from_scores=False,
             data_dir=str(tmp_path / 'data')) | changed)
     return settings

@@ -28,6 +28,13 @@ from prepare import InputError
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
 
+
+@pytest.fixture(autouse=True)
+def whole_float32():
+    """Some other test may have asked for faster products."""
+    torch.set_float32_matmul_precision('highest')
+
+
 BLOCK, VOCAB = 24, 53
 TINY = dict(block_size=BLOCK, vocab_size=VOCAB, n_layer=2, n_head=3, n_embd=24, eos_token_id=VOCAB - 1)
 
@@ -73,7 +80,7 @@ def slow_logps(model, pairs):
 
 
 def close(a, b, relative, scale=None):
-    """|a - b| <= relative * scale; the scale is |b|, or 1 where |b| is smaller (a log-prob is a difference of logits)."""
+    """|a - b| <= relative * scale; the scale is |b|, or 1 where that is smaller: log-probs are differences of logits."""
     a, b = torch.as_tensor(a).double().cpu(), torch.as_tensor(b).double().cpu()
     assert a.shape == b.shape
     limit = relative * (b.abs().clamp(min=1.0) if scale is None else scale)
@@ -186,6 +193,11 @@ def loss_of_sums(logps, reference):
     return dpo_loss(logps[:, 0], logps[:, -1], reference[:, 0], reference[:, -1], beta=0.3)[0].sum()
 
 
+def chunks_of(rows):
+    """A stand-in for ChunkedLogps.chunks, which at these sizes would make one chunk of everything."""
+    return staticmethod(lambda h, weight: [slice(i, i + rows) for i in range(0, h.size(0), rows)])
+
+
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(pairs=pair_lists(), piece=st.sampled_from([1, 20, 64, 10**6]), rows=st.sampled_from([1, 3, 16, 10**6]),
        pad=st.sampled_from([0, 1, 50]), seed=st.integers(0, 3))
@@ -200,13 +212,13 @@ def test_token_logps_equal_the_plain_twin(pairs, piece, rows, pad, seed):
     batch = pack(pairs, pad_to=batch.tokens.numel() + pad)
     batch.mask = pieces_mask(batch, piece)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ChunkedLogps, 'chunks', staticmethod(
-            lambda h, weight: [slice(i, i + rows) for i in range(0, h.size(0), rows)]))
+        patch.setattr(ChunkedLogps, 'chunks', chunks_of(rows))
         logps = model.token_logps(batch)
         sums = batch.sum_by_response(logps)
         expected = slow_logps(twin, pairs)
         expected_sums = torch.stack([r.sum() for r in expected]).view(B, K)
-        reference = expected_sums.detach() + torch.randn(B, K, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        noise = torch.randn(B, K, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        reference = expected_sums.detach() + noise
         loss = loss_of_sums(sums, reference)
         loss.backward()
 
@@ -296,7 +308,7 @@ def test_chunked_logps_equal_log_softmax(rows, monkeypatch):
     g = torch.Generator().manual_seed(0)
     h, weight = torch.randn(37, 16, generator=g), torch.randn(101, 16, generator=g)
     targets, upstream = torch.randint(101, (37,), generator=g), torch.randn(37, generator=g)
-    monkeypatch.setattr(ChunkedLogps, 'chunks', staticmethod(lambda h, w: [slice(i, i + rows) for i in range(0, len(h), rows)]))
+    monkeypatch.setattr(ChunkedLogps, 'chunks', chunks_of(rows))
     leaves = [h.clone().requires_grad_(), weight.clone().requires_grad_()]
     out = ChunkedLogps.apply(*leaves, targets)
     out.backward(upstream)
@@ -427,7 +439,7 @@ def as_bin_before_torch_1_6(theirs, folder):
 
 def as_shards_of_bin(theirs, folder):
     theirs.config.save_pretrained(folder)
-    names, state = ['pytorch_model-00001-of-00002.bin', 'pytorch_model-00002-of-00002.bin'], old_state(theirs, prefix=True)
+    names, state = [f'pytorch_model-0000{i}-of-00002.bin' for i in (1, 2)], old_state(theirs, prefix=True)
     weight_map = {key: names[i % 2] for i, key in enumerate(state)}
     for name in names:
         torch.save({key: t for key, t in state.items() if weight_map[key] == name}, folder / name)
@@ -437,7 +449,8 @@ def as_shards_of_bin(theirs, folder):
 @pytest.mark.parametrize('saved', [
     as_safetensors, as_shards, as_bin, as_bin_without_prefix, as_shards_of_bin,
     pytest.param(as_bin_before_torch_1_6, marks=pytest.mark.xfail(
-        strict=True, raises=InputError, reason='load_file maps every .bin; torch before 1.6 wrote files that cannot be mapped'))])
+        strict=True, raises=InputError,
+        reason='load_file maps every .bin; torch before 1.6 wrote files that cannot be mapped'))])
 def test_loads_what_transformers_saves(saved, tmp_path):
     theirs = hf_model()
     saved(theirs, tmp_path)
@@ -623,8 +636,8 @@ def test_greedy_is_the_plain_loop(seed):
     assert len(set(map(tuple, expected))) > 3                # texts that differ, or this would show little
 
 
-@pytest.mark.parametrize('options', [dict(temperature=1.0), dict(temperature=0.6, top_k=9), dict(temperature=1.5, top_p=0.8),
-                                     dict(temperature=1.0, top_k=20, top_p=0.9)])
+@pytest.mark.parametrize('options', [dict(temperature=1.0), dict(temperature=0.6, top_k=9),
+                                     dict(temperature=1.5, top_p=0.8), dict(temperature=1.0, top_k=20, top_p=0.9)])
 def test_samples_are_the_plain_loop(options):
     """Rows end one by one and leave the batch; the uniform numbers of those that stay are the same."""
     model, prompts = tiny(eos_token_id=-1), some_prompts(16, longest=8)
@@ -710,7 +723,8 @@ def test_draw_of_one_likeliest_token_is_greedy():
     logits = some_logits(200, 50)
     uniform = torch.rand(200, generator=torch.Generator().manual_seed(1))
     greedy = logits.argmax(dim=1)
-    for options in ((0, 0, 1.0), (0, 5, 0.5), (1.0, 1, 1.0), (2.0, 1, 1.0), (1.0, 0, 1e-6), (3.0, 0, 1e-6), (1e-3, 0, 1.0)):
+    for options in ((0, 0, 1.0), (0, 5, 0.5), (1.0, 1, 1.0), (2.0, 1, 1.0), (1.0, 0, 1e-6), (3.0, 0, 1e-6),
+                    (1e-3, 0, 1.0)):                         # temperature, top_k, top_p
         assert torch.equal(draw(logits, *options, uniform), greedy), options
 
 
@@ -728,7 +742,8 @@ def kept(probs, top_k, top_p):
 
 
 @pytest.mark.parametrize('temperature, top_k, top_p', [
-    (1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 0, 1.0), (1.0, 4, 1.0), (1.0, 0, 0.7), (1.5, 6, 0.8), (1.0, 10, 1.0), (1.0, 99, 0.999)])
+    (1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 0, 1.0), (1.0, 4, 1.0), (1.0, 0, 0.7), (1.5, 6, 0.8), (1.0, 10, 1.0),
+    (1.0, 99, 0.999)])
 def test_draw_has_the_frequencies_of_the_softmax(temperature, top_k, top_p):
     logits = some_logits()
     probs = (logits[0].double() / temperature).softmax(dim=0)
@@ -788,7 +803,7 @@ def logps_and_gradients(model, batch, low):
 @needs_cuda
 @pytest.mark.parametrize('low', [False, True], ids=['float32', 'bfloat16'])
 def test_cuda_compiled_flex_attention_equals_the_pieces(low):
-    """As train.py runs on a GPU: fixed shape, FlexAttention, torch.compile, bfloat16; the twin is float32, pieces, eager.
+    """As train.py runs on a GPU: fixed shape, FlexAttention, torch.compile, bfloat16. The twin: float32, pieces, eager.
     Two batches of one shape go through the compiled code, so that nothing of the first is left in the second."""
     model = cuda_model()
     twin = copy.deepcopy(model)

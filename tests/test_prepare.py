@@ -1,21 +1,23 @@
 """
-prepare.py: every shape of record, every kind of file, truncation, the split, and the files written and read back.
+prepare.py: every shape of record, every kind of file, truncation, the split, the files written and read back.
 
     python -m pytest tests/test_prepare.py
 
-What goes wrong, and what it says then, is in test_bad_input.py. A test that needs GPT-2's tables skips where they
-cannot be loaded (TIKTOKEN_CACHE_DIR=FOLDER names a folder that holds them).
+What goes wrong, and what it says then, is in test_bad_input.py. A test that needs GPT-2's tables skips where
+they cannot be loaded (TIKTOKEN_CACHE_DIR=FOLDER names a folder that holds them).
 """
+import gzip
 import json
 import os
 import random
 import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiktoken
-from hypothesis import given, settings as hypothesis_settings, strategies as st
+from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
 
 import prepare
 from prepare import InputError, Pairs, encode_chunk, encode_pair, get_tokenizer, read_record, read_source
@@ -24,7 +26,7 @@ PAIRS = [dict(prompt=f'question {i}?', chosen=f' good {i * i}', rejected=f' bad 
 
 
 def read_back(folder, split='train', tokenizer='byte'):
-    """Prepared data as text: [(id, prompt, [response, ...]), ...]; a response that has its end of text ends in END."""
+    """Prepared data as text: [(id, prompt, [response, ...]), ...]; the end of text shows as prepare.END."""
     pairs = Pairs(folder, split)
     decode = get_tokenizer(tokenizer).decode
     return [(int(row['id']), decode(prompt.tolist()), [decode(r.tolist()) for r in responses])
@@ -44,7 +46,8 @@ def message(role, content):
     return dict(role=role, content=content)
 
 
-USER, GOOD, BAD = message('user', 'Hi'), message('assistant', 'Hello!'), message('assistant', 'Go away.')
+SYSTEM, USER = message('system', 'Be kind.'), message('user', 'Hi')
+GOOD, BAD = message('assistant', 'Hello!'), message('assistant', 'Go away.')
 HI, HELLO = '\n\nHuman: Hi\n\nAssistant:', [' Hello!', ' Go away.']
 
 SHAPES = {
@@ -62,21 +65,25 @@ SHAPES = {
     'transcripts whose replies begin alike': (
         dict(chosen=HI + ' Hello!', rejected=HI + ' Hell no.'), HI, [' Hello!', ' Hell no.']),
     'transcripts of two turns': (
-        dict(chosen=HI + ' Yes?\n\nHuman: Hm\n\nAssistant: A', rejected=HI + ' Yes?\n\nHuman: Hm\n\nAssistant: B'),
-        HI + ' Yes?\n\nHuman: Hm\n\nAssistant:', [' A', ' B']),
+        dict(chosen=HI + ' Yes?' + HI + ' A', rejected=HI + ' Yes?' + HI + ' B'),
+        HI + ' Yes?' + HI, [' A', ' B']),
     'chats, prompt shared': (dict(chosen=[USER, GOOD], rejected=[USER, BAD]), HI, HELLO),
     'chats, prompt shared, of several turns': (
-        dict(chosen=[message('system', 'S'), USER, BAD, USER, GOOD], rejected=[message('system', 'S'), USER, BAD, USER, BAD]),
-        '\n\nSystem: S\n\nHuman: Hi\n\nAssistant: Go away.\n\nHuman: Hi\n\nAssistant:', HELLO),
-    'chats, prompt a list, chats whole': (dict(prompt=[USER], chosen=[USER, GOOD], rejected=[USER, BAD]), HI, HELLO),
-    'chats, prompt a list, chats the reply alone': (dict(prompt=[USER], chosen=[GOOD], rejected=[BAD]), HI, HELLO),
+        dict(chosen=[SYSTEM, USER, BAD, USER, GOOD], rejected=[SYSTEM, USER, BAD, USER, BAD]),
+        '\n\nSystem: Be kind.' + HI + ' Go away.' + HI, HELLO),
+    'chats, prompt a list beside whole chats': (
+        dict(prompt=[USER], chosen=[USER, GOOD], rejected=[USER, BAD]), HI, HELLO),
+    'chats, prompt a list, chats the reply alone': (
+        dict(prompt=[USER], chosen=[GOOD], rejected=[BAD]), HI, HELLO),
     'chats, prompt a string beside whole chats': (
         dict(prompt='Hi', chosen=[USER, GOOD], rejected=[USER, BAD]), HI, HELLO),
-    'chats, prompt a string, chats the reply alone': (dict(prompt='Hi', chosen=[GOOD], rejected=[BAD]), HI, HELLO),
+    'chats, prompt a string, chats the reply alone': (
+        dict(prompt='Hi', chosen=[GOOD], rejected=[BAD]), HI, HELLO),
     'chats that part early': (
         dict(chosen=[USER, GOOD, USER, GOOD], rejected=[USER, BAD]),
         HI, [' Hello!\n\nHuman: Hi\n\nAssistant: Hello!', ' Go away.']),
-    'chats with the same reply': (dict(chosen=[USER, GOOD], rejected=[USER, GOOD]), HI, [' Hello!', ' Hello!']),
+    'chats with the same reply': (
+        dict(chosen=[USER, GOOD], rejected=[USER, GOOD]), HI, [' Hello!', ' Hello!']),
     'Alpaca': (
         dict(instruction='Add.', input='1 + 1', chosen='2', rejected='3'),
         '\n\nHuman: Add.\n1 + 1\n\nAssistant:', [' 2', ' 3']),
@@ -117,11 +124,12 @@ def test_p_and_scores():
     assert read_record(record | dict(p=0.25))[2] == 0.25
     assert read_record(record | dict(p=None))[2] == 1.0
     scored = record | dict(chosen_score=2, rejected_score=0.5)
-    assert read_record(scored)[2:] == (1.0, [])                                  # scores alone change no label
+    assert read_record(scored)[2:] == (1.0, [])                       # scores alone change no label
     assert read_record(scored, label_from_scores=True)[2] == pytest.approx(1 / (1 + np.exp(-1.5)))
-    for high in (5000, 1e308):                                                   # no overflow on either side
-        assert read_record(record | dict(chosen_score=high, rejected_score=-high), label_from_scores=True)[2] == 1.0
-        assert read_record(record | dict(chosen_score=-high, rejected_score=high), label_from_scores=True)[2] < 1e-300
+    for high in (5000, 1e308):                                        # no overflow on either side
+        ps = [read_record(record | dict(chosen_score=a, rejected_score=-a), label_from_scores=True)[2]
+              for a in (high, -high)]
+        assert ps[0] == 1.0 and ps[1] < 1e-300
     assert read_record(record | dict(chosen_score=0, rejected_score=1))[3] == [
         'records whose rejected response has the higher score']
 
@@ -143,17 +151,17 @@ def test_blank_lines_and_windows_line_ends_are_passed_over(write, settings):
 
 
 def test_a_file_without_a_last_line_end_and_of_several_gzip_members(write, settings):
-    import gzip
-    parts = [json.dumps(r).encode() for r in PAIRS[:2]]
-    folder = prepare.prepare(settings(write('a.jsonl.gz', gzip.compress(parts[0] + b'\n') + gzip.compress(parts[1]))))
+    first, second = (json.dumps(r).encode() for r in PAIRS[:2])
+    path = write('a.jsonl.gz', gzip.compress(first + b'\n') + gzip.compress(second))
+    folder = prepare.prepare(settings(path))
     assert read_back(folder) == as_written(PAIRS[:2])
 
 
-json_values = st.none() | st.floats(allow_nan=False) | st.text(max_size=8) | st.lists(st.text(max_size=3), max_size=3)
+values = st.none() | st.floats(allow_nan=False) | st.text(max_size=8) | st.lists(st.text(max_size=3))
 
 
 @hypothesis_settings(max_examples=40, deadline=None)
-@given(records=st.lists(st.dictionaries(st.sampled_from('abc'), json_values), max_size=5),
+@given(records=st.lists(st.dictionaries(st.sampled_from('abc'), values), max_size=5),
        chunk=st.integers(1, 60), indent=st.sampled_from([None, 0, 3]), ascii_only=st.booleans())
 def test_a_json_list_is_read_in_blocks_of_any_size(records, chunk, indent, ascii_only):
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
@@ -197,21 +205,23 @@ def test_hub(monkeypatch, settings, dataset, split, expected):
 # Tokens
 
 
-def cut(max_length, max_prompt_length, truncation='cut', prompt='prompt', chosen='chosen', rejected='no'):
-    """-> (prompt, responses, notes) of a pair, as text, once cut to fit."""
-    cfg = SimpleNamespace(template='', label_from_scores=False, truncation=truncation, max_length=max_length,
-                          max_prompt_length=max_prompt_length)
-    record, byte = dict(prompt=prompt, chosen=chosen, rejected=rejected), get_tokenizer('byte')
-    prompt, responses, _, _, notes = encode_pair(record, byte, cfg)
-    return byte.decode(prompt.tolist()), responses and [byte.decode(r.tolist()) for r in responses], notes
+@pytest.fixture
+def cut(settings):
+    """cut(max_length, max_prompt_length, ...) -> (prompt, responses, notes) of a pair: text, cut to fit."""
+    def cut(max_length, max_prompt_length, truncation='cut', prompt='prompt', chosen='chosen', rejected='no'):
+        cfg = settings('', truncation=truncation, max_length=max_length, max_prompt_length=max_prompt_length)
+        record, byte = dict(prompt=prompt, chosen=chosen, rejected=rejected), get_tokenizer('byte')
+        prompt, responses, _, _, notes = encode_pair(record, byte, cfg)
+        return byte.decode(prompt.tolist()), responses and [byte.decode(r.tolist()) for r in responses], notes
+    return cut
 
 
-def test_truncation():
+def test_truncation(cut):
     lost_start, lost_end = 'prompts that lost their start', 'pairs with a response that lost its end'
     whole = ['chosen<|endoftext|>', 'no<|endoftext|>']
-    assert cut(13, 6) == ('prompt', whole, [])                                                 # all fit, just
+    assert cut(13, 6) == ('prompt', whole, [])                                    # all of it fits, just
     assert cut(11, 4) == ('ompt', whole, [lost_start])
-    assert cut(12, 6) == ('prompt', ['chosen', 'no<|endoftext|>'], [lost_end])                 # the end of text goes first
+    assert cut(12, 6) == ('prompt', ['chosen', 'no<|endoftext|>'], [lost_end])    # the end of text goes first
     assert cut(9, 4) == ('ompt', ['chose', 'no<|endoftext|>'], [lost_start, lost_end])
     assert cut(7, 6) == ('prompt', ['c', 'n'], [lost_end])
     assert cut(13, 6, 'drop') == ('prompt', whole, [])
@@ -219,41 +229,42 @@ def test_truncation():
     assert cut(11, 4, 'drop') == ('ompt', whole, [lost_start])
 
 
-def test_pairs_without_a_difference_are_dropped():
-    assert cut(99, 9, chosen='same', rejected='same')[1:] == (None, ['dropped: chosen and rejected identical'])
+def test_pairs_without_a_difference_are_dropped(cut):
+    assert cut(99, 9, chosen='same', rejected='same')[1:] == (
+        None, ['dropped: chosen and rejected identical'])
     assert cut(9, 6, chosen='same1', rejected='same2')[1:] == (
         None, ['pairs with a response that lost its end', 'dropped: identical once cut'])
 
 
-def test_prompt_and_response_are_encoded_apart(gpt2):
-    prompt, responses, *_ = encode_pair(dict(prompt='Hel', chosen='lo world', rejected='p'), gpt2, SimpleNamespace(
-        template='', label_from_scores=False, truncation='cut', max_length=99, max_prompt_length=50))
+def test_prompt_and_response_are_encoded_apart(gpt2, settings):
+    record = dict(prompt='Hel', chosen='lo world', rejected='p')
+    prompt, responses, *_ = encode_pair(record, gpt2, settings(''))
     assert prompt.tolist() == gpt2.encode('Hel')
     assert responses[0].tolist() == gpt2.encode('lo world') + [gpt2.eot_token]
     assert [*gpt2.encode('Hel'), *gpt2.encode('lo world')] != gpt2.encode('Hello world')
 
 
-def test_the_text_of_special_tokens_is_ordinary_text(gpt2):
-    for tokenizer in (gpt2, get_tokenizer('byte')):
-        tokens = prepare.encode(tokenizer, 'a<|endoftext|>b', 'prompt').tolist()
-        assert tokenizer.eot_token not in tokens and tokenizer.decode(tokens) == 'a<|endoftext|>b'
+@pytest.mark.parametrize('name', ['byte', 'gpt2'])
+def test_the_text_of_special_tokens_is_ordinary_text(name, request):
+    tokenizer = request.getfixturevalue('gpt2') if name == 'gpt2' else get_tokenizer('byte')
+    tokens = prepare.encode(tokenizer, 'a<|endoftext|>b', 'prompt').tolist()
+    assert tokenizer.eot_token not in tokens and tokenizer.decode(tokens) == 'a<|endoftext|>b'
 
 
 some_text = st.text(st.characters(exclude_categories=['Cs']), min_size=1, max_size=60).filter(str.strip)
 
 
-@hypothesis_settings(max_examples=25, deadline=None)
-@given(st.lists(st.tuples(some_text, some_text, some_text).filter(lambda t: t[1] != t[2]), min_size=1, max_size=6))
-def test_any_text_comes_back_from_the_files(texts):
+@hypothesis_settings(max_examples=25, deadline=None,
+                     suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(st.tuples(some_text, some_text, some_text).filter(lambda t: t[1] != t[2]), min_size=1,
+                      max_size=6))
+def test_any_text_comes_back_from_the_files(texts, settings):
     records = [dict(zip(('prompt', 'chosen', 'rejected'), t)) for t in texts]
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, 'a.jsonl')
         with open(path, 'w', encoding='utf-8') as f:
             f.writelines(json.dumps(r, ensure_ascii=i % 2 == 0) + '\n' for i, r in enumerate(records))
-        cfg = SimpleNamespace(dataset=path, split='', tokenizer='byte', template='', max_length=900, max_prompt_length=400,
-                              truncation='cut', val_fraction=0.0, bad_records='error', label_from_scores=False,
-                              data_dir=folder)
-        assert read_back(prepare.prepare(cfg)) == as_written(records)
+        assert read_back(prepare.prepare(settings(path, data_dir=folder))) == as_written(records)
 
 
 @pytest.mark.parametrize('eot, bytes_each, dtype', [(65535, 2, np.uint16), (65536, 4, np.uint32)])
@@ -263,7 +274,8 @@ def test_tokens_take_two_bytes_or_four(monkeypatch, write, settings, eot, bytes_
     monkeypatch.setattr(prepare, 'get_tokenizer', lambda name: big)
     folder = prepare.prepare(settings(write('a.jsonl', PAIRS)))
     pairs = Pairs(folder, 'train')
-    assert pairs.meta['token_bytes'] == bytes_each and pairs.tokens.dtype == dtype and pairs.meta['eos'] == eot
+    assert pairs.tokens.dtype == dtype
+    assert pairs.meta['token_bytes'] == bytes_each and pairs.meta['eos'] == eot
     assert os.path.getsize(os.path.join(folder, 'train.bin')) == bytes_each * pairs.meta['tokens']['train']
     assert [r[-1] for _, responses in pairs for r in responses] == [eot] * 2 * len(PAIRS)
     assert bytes(pairs[7][0].tolist()).decode() == PAIRS[7]['prompt']
@@ -275,8 +287,8 @@ def test_tokens_take_two_bytes_or_four(monkeypatch, write, settings, eot, bytes_
 
 def split_of(prompts, val_fraction):
     """{prompt: the split it falls into}; a prompt in both would be in neither."""
-    cfg = SimpleNamespace(tokenizer='byte', template='', label_from_scores=False, truncation='cut', max_length=900,
-                          max_prompt_length=400, val_fraction=val_fraction, bad_records='error')
+    cfg = SimpleNamespace(tokenizer='byte', template='', label_from_scores=False, bad_records='error',
+                          truncation='cut', max_length=900, max_prompt_length=400, val_fraction=val_fraction)
     records = [dict(prompt=p, chosen=f'{i}', rejected='no') for i, p in enumerate(prompts)]
     parts = encode_chunk([(i, '', r) for i, r in enumerate(records)], cfg)[0]
     ids = {split: table['id'].tolist() for split, (_, table) in parts.items()}
@@ -312,31 +324,30 @@ def test_val_fraction(write, settings):
 
 
 def test_counts(write, settings, capsys):
-    records = [PAIRS[0], PAIRS[0], dict(prompt='Q', chosen='same', rejected='same'), dict(chosen=HI + ' a', rejected=HI),
-               dict(prompt='long ' * 20, chosen='c' * 50, rejected='r'), dict(prompt='p', chosen='c' * 99, rejected='r')]
+    records = [PAIRS[0], PAIRS[0], dict(prompt='Q', chosen='same', rejected='same'),
+               dict(chosen=HI + ' a', rejected=HI), dict(prompt='long ' * 20, chosen='c' * 50, rejected='r'),
+               dict(prompt='p', chosen='c' * 99, rejected='r')]
     cfg = settings(write('a.jsonl', records), max_length=80, max_prompt_length=40)
-    meta = Pairs(prepare.prepare(cfg), 'train').meta
+    pairs = Pairs(prepare.prepare(cfg), 'train')
     printed = capsys.readouterr().out
-    for line in ('6 records read', '5 kept: 5 to train on, 0 to validate', '1 dropped: chosen and rejected identical',
-                 '1 prompts that lost their start', '2 pairs with a response that lost its end',
-                 '1 transcripts with a blank last turn', '1 exact duplicates of another record (kept)'):
+    for line in ('6 records read', '5 kept: 5 to train on, 0 to validate',
+                 '1 dropped: chosen and rejected identical', '1 prompts that lost their start',
+                 '2 pairs with a response that lost its end', '1 transcripts with a blank last turn',
+                 '1 exact duplicates of another record (kept)', f'{len(pairs.tokens)} tokens'):
         assert f' {line}' in printed
-    assert meta['pairs'] == dict(train=5, val=0) and meta['duplicates'] == 1 and meta['responses'] == 2
-    assert meta['longest_pair'] == 40 + 40 + 2 and meta['tokens']['train'] == len(Pairs(cfg_folder(cfg), 'train').tokens)
-    lengths = [line.split() for line in printed.splitlines() if line.split()[0] in ('prompt', 'chosen', 'rejected')]
-    assert lengths == [['prompt', '1', '11', '40', '40', '40'], ['chosen', '3', '8', '79', '79', '79'],
-                       ['rejected', '1', '2', '7', '7', '7']]
-
-
-def cfg_folder(cfg):
-    return os.path.join(cfg.data_dir, os.listdir(cfg.data_dir)[0])
+    assert [line.split() for line in printed.splitlines()[-3:]] == [
+        ['prompt', '1', '11', '40', '40', '40'], ['chosen', '3', '8', '79', '79', '79'],
+        ['rejected', '1', '2', '7', '7', '7']]
+    assert pairs.meta['pairs'] == dict(train=5, val=0) and pairs.meta['tokens']['train'] == len(pairs.tokens)
+    assert pairs.meta['responses'] == 2 and pairs.meta['duplicates'] == 1
+    assert pairs.meta['longest_pair'] == 40 + 40 + 2
 
 
 def test_bad_records_can_be_left_out(write, settings, capsys):
     lines = [json.dumps(r) for r in PAIRS[:3]]
     lines[1:1] = ['{"prompt": "Q"}', 'not JSON', json.dumps(dict(prompt='Q', responses=['a', 'b', 'c']))]
     folder = prepare.prepare(settings(write('a.jsonl', '\n'.join(lines).encode()), bad_records='skip'))
-    assert [i for i, *_ in read_back(folder)] == [0, 4, 5]                       # numbers of the source's records
+    assert [i for i, *_ in read_back(folder)] == [0, 4, 5]            # numbers of the source's records
     assert "3 dropped: bad records, the first of them a.jsonl line 2: no 'chosen'" in capsys.readouterr().out
     listed = [PAIRS[0], dict(prompt='Q', chosen=3), PAIRS[1]]
     folder = prepare.prepare(settings(write('b.json', listed), bad_records='skip'))
@@ -356,17 +367,16 @@ def test_rankings_and_single_responses(write, settings, capsys):
 
 def test_parallel_and_one_process_write_the_same_bytes(monkeypatch, write, settings, tmp_path):
     rng = random.Random(0)
-    records = [dict(prompt='q' * rng.randint(1, 90), chosen='a' * rng.randint(1, 90), rejected='b') for _ in range(300)]
-    path = write('a.jsonl', records)
-    written = {}
+    lengths = [(rng.randint(1, 90), rng.randint(1, 90)) for _ in range(300)]
+    path = write('a.jsonl', [dict(prompt='q' * m, chosen='a' * n, rejected='b') for m, n in lengths])
+    written = []
     for workers, chunk in ((1, 2**20), (1, 999), (2, 999), (3, 50)):
         monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: set(range(workers)), raising=False)
         monkeypatch.setattr(prepare, 'CHUNK', chunk)
-        cfg = settings(path, data_dir=str(tmp_path / f'{workers}-{chunk}'), max_length=120, max_prompt_length=60,
-                       val_fraction=0.3)
-        folder = prepare.prepare(cfg)
-        written[workers, chunk] = {name: open(os.path.join(folder, name), 'rb').read() for name in os.listdir(folder)}
-    first, *rest = written.values()
+        folder = prepare.prepare(settings(path, data_dir=str(tmp_path / f'{workers}-{chunk}'), max_length=120,
+                                          max_prompt_length=60, val_fraction=0.3))
+        written.append({file.name: file.read_bytes() for file in Path(folder).iterdir()})
+    first, *rest = written
     assert set(first) == {'train.bin', 'train.idx', 'val.bin', 'val.idx', 'meta.json'}
     assert all(files == first for files in rest)
 
@@ -396,7 +406,8 @@ def test_prepared_once_and_anew_where_source_or_settings_change(write, settings,
     assert prepare.prepare(settings(path)) == first
     assert prepare.prepare(settings(first)) == first                             # given by its folder
     assert 'preparing' not in capsys.readouterr().out
-    others = [prepare.prepare(settings(path, **c)) for c in (dict(max_length=9_000), dict(template='chat'), dict(val_fraction=0.5))]
+    changes = dict(max_length=1_500), dict(template='chat'), dict(val_fraction=0.5)
+    others = [prepare.prepare(settings(path, **changed)) for changed in changes]
     write('a.jsonl', PAIRS[:5])
     others.append(prepare.prepare(settings(path)))
     assert len({first, *others}) == 5 and len(Pairs(others[-1], 'train')) == 5
@@ -431,10 +442,14 @@ def test_show_writes_nothing(write, tmp_path, capsys, monkeypatch):
     options = ['--tokenizer=byte', '--max_length=12', '--max_prompt_length=6']
     prepare.main(['a.jsonl', '--show=2', *options])
     printed = capsys.readouterr().out
-    assert "--- a.jsonl line 1; p = 0.750; pairs with a response that lost its end\nchosen: 'Why?' | ' So.<|endoftext|>'" in printed
-    assert '4 prompt tokens, no loss; 5 response tokens, scored\n' in printed
-    assert "rejected: 'Why?' | ' Because'\n    4 prompt tokens, no loss; 8 response tokens, scored; cut, so no end of text" in printed
-    assert "--- a.jsonl line 2; prompts that lost their start" in printed and 'line 3' not in printed
+    assert printed.startswith("""\
+--- a.jsonl line 1; p = 0.750; pairs with a response that lost its end
+chosen: 'Why?' | ' So.<|endoftext|>'
+    4 prompt tokens, no loss; 5 response tokens, scored
+rejected: 'Why?' | ' Because'
+    4 prompt tokens, no loss; 8 response tokens, scored; cut, so no end of text
+--- a.jsonl line 2; prompts that lost their start; pairs with a response that lost its end
+""") and 'line 3' not in printed
     assert os.listdir(tmp_path) == ['a.jsonl']
 
 
@@ -443,7 +458,7 @@ def test_the_command_prepares_a_source_or_what_a_config_says(write, tmp_path, ca
     write('a.jsonl', PAIRS)
     (tmp_path / 'c.py').write_text("dataset = 'a.jsonl'\ntokenizer = 'byte'\nval_fraction = 0.0\n")
     folders = []
-    for argv in (['a.jsonl', '--tokenizer=byte', '--val_fraction=0.0'], ['c.py'], ['c.py', '--max_length=300']):
-        prepare.main(argv)
+    for argv in ('a.jsonl --tokenizer=byte --val_fraction=0.0', 'c.py', 'c.py --max_length=300'):
+        prepare.main(argv.split())
         folders.append(capsys.readouterr().out.splitlines()[-1])
     assert folders[0] == folders[1] != folders[2] and read_back(folders[0]) == as_written(PAIRS)

@@ -1,0 +1,113 @@
+"""
+Pictures of runs, from the files they wrote. Needs matplotlib.
+
+    python plot.py out/dpo_demo out/simpo_demo    # curves of one or more runs -> curves.png
+    python plot.py --out=assets/curves.png out/dpo_demo
+    python plot.py --frontier=out/frontier        # what `python demo.py frontier` measured
+"""
+import json
+import os
+import sys
+
+import numpy as np
+
+from prepare import InputError
+
+CURVES = ('loss', 'rewards/accuracies', 'rewards/margins', 'rewards/chosen', 'rewards/rejected',
+          'logps/chosen', 'logps/rejected', 'grad_norm')
+
+
+def read_jsonl(path):
+    try:
+        with open(path, encoding='utf-8') as f:
+            return [json.loads(line) for line in f]
+    except OSError as e:
+        raise InputError(f'{path}: cannot be read ({e.strerror})')
+    except ValueError as e:
+        raise InputError(f'{path}: not JSON lines ({e})')
+
+
+def figure(columns, rows, width=3.4, height=2.6):
+    import matplotlib
+    matplotlib.use('Agg')    # to a file, also where there is no screen
+    import matplotlib.pyplot as plt
+    return plt.subplots(rows, columns, figsize=(columns * width, rows * height), squeeze=False,
+                        constrained_layout=True)
+
+
+def curves(folders, path='curves.png'):
+    """Training (thin) and validation (dots) of each run's log.jsonl, a panel a metric."""
+    runs = {folder: read_jsonl(os.path.join(folder, 'log.jsonl'))[1:] for folder in folders}
+    shown = [c for c in CURVES if any(c in line for lines in runs.values() for line in lines)]
+    fig, axes = figure(4, -(-len(shown) // 4))
+    for ax in axes.flat[len(shown):]:
+        ax.remove()
+    for name, ax in zip(shown, axes.flat):
+        for k, (folder, lines) in enumerate(runs.items()):
+            for key, style in ((name, dict(lw=0.8)), ('eval/' + name, dict(marker='o', ms=3, lw=1.5))):
+                points = [(line['step'], line[key]) for line in lines if key in line]
+                if points:
+                    ax.plot(*zip(*points), color=f'C{k}', label=folder if key == name else None, **style)
+        ax.set(title=name, xlabel='step')
+    axes.flat[0].legend(fontsize=7)
+    fig.savefig(path, dpi=120)
+    return path
+
+
+def frontier(folder, path=None):
+    """Runs of `demo.py frontier` on the plane of KL and gold reward, beside the highest reward there is."""
+    path = path or os.path.join(folder, 'frontier.png')
+    with open(os.path.join(folder, 'frontier.json')) as f:
+        curve = json.load(f)
+    lines = read_jsonl(os.path.join(folder, 'results.jsonl'))
+    fig, ((ax,),) = figure(1, 1, 7.5, 5)
+    ax.plot([c['kl'] for c in curve], [c['reward'] for c in curve], 'k-', lw=1.5,
+            label=r'the optimum, $\pi_{ref}\,\exp(r/\beta)/Z$')
+    losses = list(dict.fromkeys(line['loss'] for line in lines))
+    for k, loss in enumerate(losses):
+        some = [line for line in lines if line['loss'] == loss]
+        kl, reward, kl_error, reward_error = (np.array([r[key] for r in some]) for key in (
+            'kl', 'reward', 'kl_error', 'reward_error'))
+        ax.errorbar(kl, reward, 2 * reward_error, 2 * kl_error, fmt='osD^v<>ph*XP'[k % 12], ms=5, lw=0.8,
+                    label=loss, alpha=0.85)
+    ax.set(xlabel=r'KL($\pi\,\|\,\pi_{ref}$) of whole reviews, nats', ylabel='expected gold reward',
+           xlim=(-0.1, min(8, 1.1 * max(r['kl'] for r in lines))))
+    ax.legend(fontsize=7, loc='lower right', ncols=2)
+    ax.grid(alpha=0.25)
+    fig.savefig(path, dpi=120)
+    print(f'-> {path}')
+
+
+def pairs(folder, path=None):
+    """Runs of `demo.py pairs`: the share of the optimum's gain against the number of pairs."""
+    path = path or os.path.join(folder, 'pairs.png')
+    lines = read_jsonl(os.path.join(folder, 'results.jsonl'))
+    fig, ((ax,),) = figure(1, 1, 5, 3.4)
+    ax.plot([r['pairs'] for r in lines], [100 * r['share'] for r in lines], 'o', color='C3')
+    ax.set(xscale='log', xlabel='pairs', ylabel="share of the optimum's gain\nat the policy's own KL, %",
+           ylim=(None, 102))
+    ax.axhline(100, color='k', lw=1)
+    ax.grid(alpha=0.25)
+    fig.savefig(path, dpi=120)
+    print(f'-> {path}')
+
+
+def main(argv):
+    options = dict(arg.removeprefix('--').partition('=')[::2] for arg in argv if arg.startswith('--'))
+    folders = [arg for arg in argv if not arg.startswith('--')]
+    unknown = options.keys() - {'out', 'frontier', 'pairs'}
+    if unknown or not (folders or options.keys() & {'frontier', 'pairs'}):
+        raise InputError('usage: python plot.py [--out=FILE] RUN ... | --frontier=FOLDER | --pairs=FOLDER')
+    if 'frontier' in options:
+        frontier(options['frontier'], options.get('out'))
+    if 'pairs' in options:
+        pairs(options['pairs'], options.get('out'))
+    if folders:
+        print(f'-> {curves(folders, options.get("out", "curves.png"))}')
+
+
+if __name__ == '__main__':
+    try:
+        main(sys.argv[1:])
+    except InputError as e:
+        sys.exit(f'error: {e}')
