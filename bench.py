@@ -307,7 +307,7 @@ def ours(conn, job):
 
 
 def trl_settings(o):
-    """What is tried, the likely best of each first. `rows`: pairs in one forward pass; fewer than a step's, with
+    """What is tried, the likely best of each first. `rows`: pairs in a forward pass; fewer than a step has, with
     gradient accumulation, need less padding. `tuned` is train.settle_machine, what we do for ourselves: glibc
     keeps freed memory, float32 products go through oneDNN. Not tried: padding_free, which TRL 1.16 turns off
     itself; offloading and gradient checkpointing, which cost time; Liger's fused loss, which it refuses."""

@@ -31,7 +31,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from prepare import InputError
+from prepare import InputError, first_line
 
 # ------------------------------------------------------------------------------------------------------------
 # The packed batch
@@ -234,6 +234,15 @@ class GPTConfig:
     n_embd: int = 768
     eos_token_id: int = 50256  # ends every response
 
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            if type(value) is not int or value < (name != 'eos_token_id'):
+                raise InputError(f'{name} is {value!r}, not a number of 1 or more')
+        if self.n_embd % self.n_head:
+            raise InputError(f'n_head: {self.n_head} does not divide n_embd {self.n_embd}')
+        if self.eos_token_id >= self.vocab_size:
+            raise InputError(f'eos_token_id: {self.eos_token_id} is not in a vocabulary of {self.vocab_size}')
+
 
 SIZES = {  # the hub's names for the published models
     'distilgpt2': dict(n_layer=6, n_head=12, n_embd=768),
@@ -269,8 +278,6 @@ class Block(nn.Module):
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
-        if config.n_embd % config.n_head:
-            raise ValueError(f'n_embd {config.n_embd} is not a multiple of n_head {config.n_head}')
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)   # also the vocabulary projection
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -315,27 +322,39 @@ class GPT(nn.Module):
         """A GPT from a hub name (gpt2, gpt2-medium, -large, -xl, distilgpt2, or owner/model of a GPT-2), a
         folder of transformers', a run's `out_dir` (its ckpt.pt), or a checkpoint file like out/run/best.pt.
         float32, on the CPU. Raises InputError, one line, where it is none of these or does not fit GPT-2."""
-        path = find_pretrained(name)
+        path, names = find_pretrained(name), their_name
         if os.path.isdir(path):
-            config, state = load_folder(path)
+            settings, tensors = load_folder(path)
         else:
-            checkpoint = load_checkpoint(path)
-            config, state = GPTConfig(**checkpoint['model_config']), checkpoint['model']
-        with torch.device('meta'):                       # no memory or time for weights about to be replaced
-            model = cls(config)
-        state = {k: t.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-                 for k, t in state.items()}
+            checkpoint, names = load_checkpoint(path), lambda name: (name, False)
+            settings, tensors = checkpoint['model_config'], checkpoint['model']
         try:
-            model.load_state_dict(state, assign=True)
-        except RuntimeError as e:
-            raise InputError(f'{path}: {" ".join(str(e).split())[:200]}')
+            with torch.device('meta'):               # no memory or time for weights about to be replaced
+                model = cls(GPTConfig(**settings))
+        except (InputError, TypeError) as e:         # TypeError: a setting that GPTConfig does not have
+            raise InputError(f'{path}: {e}')
+        state = {}
+        for ours, p in model.named_parameters():
+            theirs, transposed = names(ours)
+            t, shape = tensors.pop(theirs, None), tuple(p.shape[::-1] if transposed else p.shape)
+            if not torch.is_tensor(t):
+                raise InputError(f'{path}: no tensor {theirs}')
+            if tuple(t.shape) != shape:
+                raise InputError(f'{path}: tensor {theirs} has shape {tuple(t.shape)}, expected {shape}')
+            state[ours] = (t.t() if transposed else t).to(torch.float32, copy=True).contiguous()
+        if tensors:
+            raise InputError(f'{path}: tensor {min(tensors)} is not one of GPT-2\'s')
+        model.load_state_dict(state, assign=True)
         return model
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors into `folder`: what transformers.GPT2LMHeadModel loads."""
         from safetensors.torch import save_file
         c = self.config
-        os.makedirs(folder, exist_ok=True)
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as e:
+            raise InputError(f'{folder}: cannot be made ({e.strerror})')
         tensors = {}
         for name, p in self.state_dict().items():
             their, transposed = their_name(name)
@@ -456,17 +475,19 @@ def their_name(name):
 
 
 def load_file(path):
-    """The tensors of a .safetensors, .bin or .pt file, mapped rather than read; no code in it is run."""
+    """What a .safetensors, .bin or .pt file holds, by name, mapped rather than read; no code in it is run."""
     try:
         if path.endswith('.safetensors'):
             from safetensors.torch import load_file as load_safetensors
             return load_safetensors(path)
-        return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+        found = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     except FileNotFoundError:
         raise InputError(f'{path}: no such file')
     except Exception as e:    # each format has errors of its own for a file cut short, or of another kind
-        reason = str(e).splitlines()[0][:120]
-        raise InputError(f'{path}: not a whole model file ({type(e).__name__}: {reason})')
+        raise InputError(f'{path}: not a whole model file ({first_line(e)})')
+    if not isinstance(found, dict):
+        raise InputError(f'{path}: not a model file but a {type(found).__name__}')
+    return found
 
 
 def load_json(path):
@@ -480,64 +501,47 @@ def load_json(path):
 
 
 def load_folder(folder):
-    """A GPT-2 folder of transformers -> (GPTConfig, {our name: tensor})."""
-    theirs = load_json(os.path.join(folder, 'config.json'))
-    d = theirs.get('n_embd')
+    """A GPT-2 folder of transformers -> (settings for GPTConfig, {their name: tensor})."""
+    path = os.path.join(folder, 'config.json')
+    theirs = load_json(path)
+    needed = ('n_embd', 'n_layer', 'n_head', 'vocab_size', 'n_positions')
+    if not isinstance(theirs, dict) or not theirs.keys() >= set(needed):
+        missing = [key for key in needed if not isinstance(theirs, dict) or key not in theirs]
+        raise InputError(f'{path}: no {missing[0]!r}; not the configuration of a GPT-2')
     for key, ours in dict(model_type='gpt2', activation_function='gelu_new', layer_norm_epsilon=1e-5,
                           scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
-                          add_cross_attention=False, tie_word_embeddings=True).items():
-        if theirs.get(key, ours) != ours:
-            raise InputError(f'{folder}/config.json: {key} is {theirs[key]!r}, and GPT-2 here has {ours!r}')
-    if theirs.get('n_inner') not in (None, 4 * d):
-        raise InputError(f'{folder}/config.json: n_inner is {theirs["n_inner"]}, '
-                         'and GPT-2 here has 4 * n_embd')
-    try:
-        config = GPTConfig(block_size=theirs.get('n_positions') or theirs['n_ctx'],
-                           vocab_size=theirs['vocab_size'], n_layer=theirs['n_layer'],
-                           n_head=theirs['n_head'], n_embd=d,
-                           eos_token_id=theirs.get('eos_token_id', theirs['vocab_size'] - 1))
-    except KeyError as e:
-        raise InputError(f'{folder}/config.json: no {e}')
-
+                          add_cross_attention=False, tie_word_embeddings=True, n_inner=None).items():
+        if theirs.get(key, ours) != ours and (key, theirs[key]) != ('n_inner', 4 * theirs['n_embd']):
+            raise InputError(f'{path}: {key} is {theirs[key]!r}, and GPT-2 here has {ours!r}')
+    settings = {key: theirs[key] for key in needed if key != 'n_positions'} | dict(
+        block_size=theirs['n_positions'], eos_token_id=theirs.get('eos_token_id', 50256))
     tensors = {}
     for name in ('model.safetensors', 'pytorch_model.bin'):
-        index = os.path.join(folder, name + '.index.json')
-        if os.path.exists(os.path.join(folder, name)):
-            tensors = load_file(os.path.join(folder, name))
-        elif os.path.exists(index):
-            for shard in sorted(set(load_json(index)['weight_map'].values())):
-                tensors.update(load_file(os.path.join(folder, shard)))
-        if tensors:
+        whole, index = os.path.join(folder, name), os.path.join(folder, name + '.index.json')
+        if os.path.exists(whole):
+            tensors = load_file(whole)
+            break
+        if os.path.exists(index):
+            shards = load_json(index)
+            if not isinstance(shards, dict) or not isinstance(shards.get('weight_map'), dict):
+                raise InputError(f'{index}: no weight_map, which says where the tensors are')
+            for shard in sorted(set(map(str, shards['weight_map'].values()))):
+                tensors |= load_file(os.path.join(folder, shard))
             break
     else:
         raise InputError(f'{folder}: no model.safetensors or pytorch_model.bin (whole or sharded)')
     tensors = {name.removeprefix('transformer.'): t for name, t in tensors.items()
                if not name.endswith(('.attn.bias', '.attn.masked_bias'))}      # the causal mask, in old files
-    head = tensors.pop('lm_head.weight', None)
-    if head is not None and 'wte.weight' in tensors and not torch.equal(head, tensors['wte.weight']):
+    head, wte = tensors.pop('lm_head.weight', None), tensors.get('wte.weight')
+    if torch.is_tensor(head) and torch.is_tensor(wte) and not torch.equal(head, wte):
         raise InputError(f'{folder}: lm_head.weight differs from wte.weight, and GPT-2 ties them')
-
-    with torch.device('meta'):
-        shapes = {name: p.shape for name, p in GPT(config).named_parameters()}
-    state = {}
-    for name, shape in shapes.items():
-        their, transposed = their_name(name)
-        if their not in tensors:
-            raise InputError(f'{folder}: no tensor {their}')
-        t = tensors.pop(their)
-        state[name] = t.t() if transposed and t.dim() == 2 else t
-        if state[name].shape != shape:
-            want = tuple(reversed(shape)) if transposed else tuple(shape)
-            raise InputError(f'{folder}: tensor {their} has shape {tuple(t.shape)}, expected {want}')
-    if tensors:
-        raise InputError(f'{folder}: tensor {min(tensors)} is not one of GPT-2\'s')
-    return config, state
+    return settings, tensors
 
 
 def load_checkpoint(path):
     """A checkpoint of train.py -> its dictionary: model, model_config, config, step and more."""
     checkpoint = load_file(path)
-    if not isinstance(checkpoint, dict) or not {'model', 'model_config', 'config'} <= checkpoint.keys():
+    if not all(isinstance(checkpoint.get(key), dict) for key in ('model', 'model_config', 'config')):
         raise InputError(f'{path}: not a checkpoint of train.py')
     return checkpoint
 
@@ -564,8 +568,7 @@ def find_pretrained(name):
             folder = snapshot_download(repo, allow_patterns=['config.json', 'pytorch_model*'])
         return folder
     except Exception as e:    # no network, no such repository, no permission: the hub's errors share no class
-        reason = str(e).strip().splitlines()[0][:160]
-        raise InputError(f'{name}: no such folder, and the hub did not give it ({reason})')
+        raise InputError(f'{name}: no such folder, and the hub did not give it ({first_line(e)})')
 
 
 if __name__ == '__main__':

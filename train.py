@@ -24,6 +24,7 @@ import json
 import math
 import os
 import platform
+import reprlib
 import runpy
 import signal
 import subprocess
@@ -41,7 +42,7 @@ from tqdm import tqdm
 import dpo
 import simpo
 from model import GPT, GPTConfig, block_mask, load_checkpoint, pack
-from prepare import InputError, Pairs, get_tokenizer, prepare
+from prepare import InputError, Pairs, first_line, get_tokenizer, prepare
 
 LOSSES = {'sft': simpo.sft_loss, 'dpo': dpo.dpo_loss, 'robust_dpo': dpo.robust_dpo_loss, 'ipo': dpo.ipo_loss,
           'rdpo': dpo.rdpo_loss, 'kto': dpo.kto_loss, 'plackett_luce': dpo.plackett_luce_loss,
@@ -127,13 +128,14 @@ def parse_value(cfg, name, value, where):
     annotation = fields[name].type
     kinds = annotation.__args__ if isinstance(annotation, types.UnionType) else (annotation,)
     if where == 'command line' and (str not in kinds or value == 'None' and type(None) in kinds):
-        with contextlib.suppress(ValueError, SyntaxError):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             value = ast.literal_eval(value)
     if type(value) is int and float in kinds:
-        value = float(value)
+        with contextlib.suppress(OverflowError):
+            value = float(value)
     if type(value) not in kinds or (type(value) is float and not math.isfinite(value)):
         wanted = ' or '.join(k.__name__.replace('NoneType', 'None') for k in kinds)
-        raise InputError(f'{where}: {name} = {value!r} is not of type {wanted}')
+        raise InputError(f'{where}: {name} = {reprlib.repr(value)} is not of type {wanted}')
     return value
 
 
@@ -162,7 +164,7 @@ def load_config(argv, cfg=None):
                 frames = traceback.extract_tb(e.__traceback__)
                 lines = [0] + [frame.lineno for frame in frames if frame.filename == arg]
                 line = e.lineno if isinstance(e, SyntaxError) else lines[-1]
-                raise InputError(f'{arg} line {line}: {type(e).__name__}: {e}')
+                raise InputError(f'{arg} line {line}: {first_line(e)}')
             for name, value in assigned.items():
                 if not name.startswith('_') and not inspect.ismodule(value) and not callable(value):
                     setattr(cfg, name, parse_value(cfg, name, value, arg))
@@ -186,16 +188,20 @@ def check_config(cfg):
         if getattr(cfg, name) not in allowed:
             known = ', '.join(map(repr, filter(None, allowed)))
             raise InputError(f'{name}: {getattr(cfg, name)!r} is not one of {known}')
-    at_least = {1: 'n_layer n_head n_embd block_size max_prompt_length batch_size eval_interval log_interval',
-                0: 'learning_rate warmup_iters min_lr max_iters epochs weight_decay grad_clip eval_pairs '
-                   'tokens_per_batch val_fraction seed beta delta label_smoothing sft_weight'}
-    for least, names in at_least.items():
+    limits = {'n_layer n_head n_embd block_size max_prompt_length': (1, math.inf),
+              'batch_size eval_interval log_interval': (1, math.inf),
+              'learning_rate warmup_iters min_lr max_iters epochs weight_decay grad_clip': (0, math.inf),
+              'eval_pairs tokens_per_batch delta sft_weight': (0, math.inf), 'val_fraction': (0, 1),
+              'label_smoothing': (0, 0.5), 'beta1 beta2': (0, 1 - 1e-9), 'seed': (0, 2**63 - 1),
+              'beta': (1e-9, math.inf)}
+    for names, (low, high) in limits.items():
         for name in names.split():
-            if (getattr(cfg, name) or 0) < least:
-                raise InputError(f'{name}: {getattr(cfg, name)} is less than {least}')
-    for name, limit in dict(val_fraction=1.0, label_smoothing=0.5, beta1=1.0, beta2=1.0).items():
-        if not 0 <= (getattr(cfg, name) or 0) <= limit:
-            raise InputError(f'{name}: {getattr(cfg, name)} is not between 0 and {limit}')
+            value = getattr(cfg, name)
+            if value is not None and not low <= value <= high:
+                wrong = f'not between {low} and {high}' if high < math.inf else f'less than {low}'
+                raise InputError(f'{name}: {value} is {wrong}')
+    if cfg.init_from == 'scratch' and cfg.n_embd % cfg.n_head:
+        raise InputError(f'n_head: {cfg.n_head} does not divide n_embd {cfg.n_embd}')
     if cfg.max_prompt_length >= cfg.max_length:
         raise InputError(f'max_prompt_length: {cfg.max_prompt_length} leaves no room for a response '
                          f'in max_length {cfg.max_length}')
@@ -423,7 +429,7 @@ def save(path, state):
     except (OSError, RuntimeError) as e:
         with contextlib.suppress(OSError):
             os.remove(path + '.tmp')
-        raise InputError(f'{path}: could not be written ({str(e).splitlines()[0][:120]}); '
+        raise InputError(f'{path}: could not be written ({first_line(e)}); '
                          'the one before, if any, is as it was')
 
 
@@ -579,6 +585,25 @@ def train(cfg):
         val = np.sort(np.random.default_rng(cfg.seed).permutation(len(val))[:cfg.eval_pairs])
     held = lock(cfg.out_dir) if RANK == 0 else None
 
+    # where the run stands
+    state = dict(step=0, best=math.inf, evaluated=-1, log_bytes=0, first={}, metrics={}, warned=False)
+    checkpoint = load_checkpoint(ckpt) if cfg.resume else None
+    if cfg.resume:
+        if not checkpoint.keys() >= {*state, 'optimizer', 'data'}:
+            raise InputError(f'{ckpt}: not a whole checkpoint, but weights alone')
+        if checkpoint['model_config'] != dataclasses.asdict(model.config):
+            raise InputError(f'{ckpt}: a model of another shape than {cfg.init_from}')
+        if checkpoint['data'] != train_pairs.hash and not cfg.eval_only:
+            raise InputError(f'dataset: {folder} is not the data that {ckpt} was trained on')
+        if not cfg.eval_only and cfg.max_iters < checkpoint['step']:
+            raise InputError(f'max_iters: {cfg.max_iters}, and {ckpt} has done {checkpoint["step"]} steps')
+        if not cfg.eval_only and not os.path.exists(log_path):
+            raise InputError(f'{log_path}: missing, and resume goes on with it')
+        state = {name: checkpoint[name] for name in state}
+        for name, was in checkpoint['config'].items():
+            if name not in ('resume', 'overwrite', 'eval_only') and was != getattr(cfg, name):
+                say(f'resuming with {name} = {getattr(cfg, name)!r}, which was {was!r}')
+
     # the reference: frozen, and its log-probs known before the first step
     reference = copy.deepcopy(model).requires_grad_(False) if cfg.reference == 'live' else None
     if cfg.compile:
@@ -592,22 +617,13 @@ def train(cfg):
             reference_train = cached_reference(model, train_pairs, seen, cfg)
         reference_val = cached_reference(model, val_pairs, val, cfg) if len(val) else None
 
-    # where the run stands
     optimizer = torch.optim.AdamW(
         [dict(params=[p for p in model.parameters() if p.dim() > 1], weight_decay=cfg.weight_decay),
          dict(params=[p for p in model.parameters() if p.dim() == 1], weight_decay=0.0)],
         lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
-    state = dict(step=0, best=math.inf, evaluated=-1, log_bytes=0, first={}, metrics={}, warned=False)
     if cfg.resume:
-        checkpoint = load_checkpoint(ckpt)
-        if checkpoint['data'] != train_pairs.hash and not cfg.eval_only:
-            raise InputError(f'dataset: {folder} is not the data that {ckpt} was trained on')
         model.load_state_dict(checkpoint['model'])
         optimizer.load_state_dict(checkpoint['optimizer'])
-        state = {name: checkpoint[name] for name in state}
-        for name, was in checkpoint['config'].items():
-            if name not in ('resume', 'overwrite', 'eval_only') and was != getattr(cfg, name):
-                say(f'resuming with {name} = {getattr(cfg, name)!r}, which was {was!r}')
         del checkpoint
 
     if cfg.eval_only:

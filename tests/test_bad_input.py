@@ -32,10 +32,9 @@ USER, REPLY = dict(role='user', content='Hi'), dict(role='assistant', content='Y
 OTHER = REPLY | dict(content='No')
 
 
-def case(name, *values, defect=''):
-    """A row of a table. `defect` says what is known not to work yet."""
-    marks = [pytest.mark.xfail(strict=True, reason=defect)] if defect else []
-    return pytest.param(*values, id=name, marks=marks)
+def case(name, *values):
+    """A row of a table."""
+    return pytest.param(*values, id=name)
 
 
 def snapshot(folder):
@@ -397,13 +396,10 @@ def test_prepared_data(spoil, says, world):
     case('a list', 'dataset = []', 'c.py: dataset = [] is not of type str'),
     case('syntax error', 'seed = 1\nbeta = = 2', 'c.py line 2: SyntaxError: invalid syntax'),
     case('unknown name', 'seed = 1\n\nbeta = x', "c.py line 3: NameError: name 'x' is not defined"),
-    case('error of several lines', "raise ValueError('one\\ntwo')", 'c.py line 1: ValueError: one',
-         defect="train.load_config puts all of the config's error into the message, line breaks too"),
-    case('error in a module that it calls', "import json\n\njson.loads('')", 'c.py line 3: JSONDecodeError',
-         defect='train.load_config gives the line of the innermost frame, whatever file that is'),
+    case('error of several lines', "raise ValueError('one\\ntwo')", 'c.py line 1: ValueError: one'),
+    case('error in a module that it calls', "import json\n\njson.loads('')", 'c.py line 3: JSONDecodeError'),
     case('import that fails', 'import no_such_module', 'c.py line 1: ModuleNotFoundError'),
-    case('integer beyond any float', 'beta = 10**400', 'c.py: beta = ',
-         defect='train.parse_value: float(int) overflows'),
+    case('integer beyond any float', 'beta = 10**400', 'c.py: beta = '),
     case('value out of range', 'batch_size = 0', 'batch_size: 0 is less than 1'),
 ])
 def test_config_file(text, says, tmp_path, monkeypatch):
@@ -424,12 +420,9 @@ def test_config_file(text, says, tmp_path, monkeypatch):
     case('word for a bool', ['--resume=yes'], "command line: resume = 'yes' is not of type bool"),
     case('nothing for a number', ['--seed='], "command line: seed = '' is not of type int"),
     case('infinity', ['--beta=1e999'], 'command line: beta = inf is not of type float or None'),
-    case('set that cannot be', ['--beta={[]: 1}'], 'command line: beta = ',
-         defect='ast.literal_eval raises TypeError'),
-    case('nested without end', ['--beta=' + '-' * 50_000 + '1'], 'command line: beta = ',
-         defect='ast.literal_eval raises MemoryError; and the message should cut so long a value'),
-    case('integer beyond any float', ['--beta=1' + '0' * 400], 'command line: beta = ',
-         defect='train.parse_value: float(int) overflows'),
+    case('set that cannot be', ['--beta={[]: 1}'], 'command line: beta = '),
+    case('nested without end', ['--beta=' + '-' * 50_000 + '1'], 'command line: beta = '),
+    case('integer beyond any float', ['--beta=1' + '0' * 400], 'command line: beta = '),
     case('unknown objective', ['--loss=ppo'], "loss: 'ppo' is not one of 'sft', 'dpo'"),
     case('unknown schedule', ['--schedule=step'], "schedule: 'step' is not one of"),
     case('unknown truncation', ['--truncation=keep'], "truncation: 'keep' is not one of"),
@@ -441,14 +434,11 @@ def test_config_file(text, says, tmp_path, monkeypatch):
     case('val_fraction above 1', ['--val_fraction=1.5'], 'val_fraction: 1.5 is not between 0 and 1'),
     case('label_smoothing above a half', ['--label_smoothing=0.6'],
          'label_smoothing: 0.6 is not between 0 and 0.5'),
-    case('momentum of 1', ['--beta1=1.0'], 'beta1: 1.0',
-         defect='check_config lets 1.0 pass, and AdamW raises ValueError'),
-    case('seed too large', [f'--seed={2**70}'], 'seed: ',
-         defect='check_config lets it pass, and torch.manual_seed overflows'),
-    case('beta of 0', ['--beta=0'], 'beta: 0', defect='check_config lets it pass, and nothing is learnt'),
+    case('momentum of 1', ['--beta1=1.0'], 'beta1: 1.0'),
+    case('seed too large', [f'--seed={2**70}'], 'seed: '),
+    case('beta of 0', ['--beta=0'], 'beta: 0'),
     case('heads that do not divide the width', ['--init_from=scratch', '--n_embd=16', '--n_head=3'],
-         'n_head: 3',
-         defect='check_config lets it pass, and GPT() raises ValueError'),
+         'n_head: 3'),
     case('prompt that fills max_length', ['--max_length=256'],
          'max_prompt_length: 256 leaves no room for a response'),
     case('max_iters and epochs', ['--max_iters=5', '--epochs=1'], 'max_iters, epochs: give one of the two'),
@@ -532,27 +522,21 @@ MODELS = [
          'config.json: not valid JSON'),
     case('config.json not UTF-8', lambda: edit(CONFIG_JSON, lambda b: b'\xff'), 'tiny',
          'config.json: not valid JSON'),
-    case('config.json that is a list', lambda: edit(CONFIG_JSON, lambda b: b'[]'), 'tiny', 'config.json',
-         defect='model.load_folder: AttributeError'),
+    case('config.json that is a list', lambda: edit(CONFIG_JSON, lambda b: b'[]'), 'tiny', 'config.json'),
     case('other model_type', lambda: edit_json(CONFIG_JSON, model_type='llama'), 'tiny',
          "model_type is 'llama'"),
     case('other activation', lambda: edit_json(CONFIG_JSON, activation_function='relu'), 'tiny',
          "activation_function is 'relu'"),
     case('config.json without n_embd', lambda: edit(CONFIG_JSON, lambda b: b.replace(b'n_embd', b'hidden')),
-         'tiny', 'n_embd',
-         defect='model.load_folder: 4 * None, TypeError'),
+         'tiny', 'n_embd'),
     case('config.json without vocab_size', lambda: edit(CONFIG_JSON, lambda b: b.replace(b'vocab_', b'')),
          'tiny', "no 'vocab_size'"),
-    case('layers in words', lambda: edit_json(CONFIG_JSON, n_layer='1'), 'tiny', 'n_layer',
-         defect='model.load_folder: TypeError'),
-    case('no heads', lambda: edit_json(CONFIG_JSON, n_head=0), 'tiny', 'n_head',
-         defect='model.GPT: ZeroDivisionError'),
-    case('heads that do not divide', lambda: edit_json(CONFIG_JSON, n_head=3), 'tiny', 'n_head',
-         defect='model.GPT: ValueError'),
+    case('layers in words', lambda: edit_json(CONFIG_JSON, n_layer='1'), 'tiny', 'n_layer'),
+    case('no heads', lambda: edit_json(CONFIG_JSON, n_head=0), 'tiny', 'n_head'),
+    case('heads that do not divide', lambda: edit_json(CONFIG_JSON, n_head=3), 'tiny', 'n_head'),
     case('more layers than there are', lambda: edit_json(CONFIG_JSON, n_layer=2), 'tiny',
          'no tensor h.1.ln_1.weight'),
-    case('fewer layers than there are', lambda: edit_json(CONFIG_JSON, n_layer=0), 'tiny',
-         "is not one of GPT-2's"),
+    case('no layers', lambda: edit_json(CONFIG_JSON, n_layer=0), 'tiny', 'n_layer is 0'),
     case('longer context than there is', lambda: edit_json(CONFIG_JSON, n_positions=99), 'tiny',
          'wpe.weight has shape (64, 16), expected (99, 16)'),
     case('missing tensor', lambda: edit_tensors(WEIGHTS, lambda t: t.pop('transformer.ln_f.bias')), 'tiny',
@@ -571,7 +555,7 @@ MODELS = [
          'tiny', 'not a whole model file'),
     case('shards without a map',
          lambda: os.rename(WEIGHTS, 'tiny/x') or Path(WEIGHTS + '.index.json').write_text('{}'), 'tiny',
-         'model.safetensors.index.json', defect="model.load_folder: KeyError 'weight_map'"),
+         'model.safetensors.index.json'),
     case('shard missing', lambda: os.rename(WEIGHTS, 'tiny/x') or Path(WEIGHTS + '.index.json').write_text(
         '{"weight_map": {"transformer.wte.weight": "part-1.safetensors"}}'), 'tiny',
          'part-1.safetensors: no such file'),
@@ -582,16 +566,14 @@ MODELS = [
     case('checkpoint that is text', lambda: edit('out/ckpt.pt', lambda b: LINES), 'out',
          'out/ckpt.pt: not a whole model file'),
     case('checkpoint of something else', lambda: torch.save([1], 'out/ckpt.pt'), 'out',
-         'out/ckpt.pt: not a checkpoint of train.py'),
+         'out/ckpt.pt: not a model file but a list'),
     case('checkpoint of another shape', lambda: edit_checkpoint('out/ckpt.pt', model_config=dict(
         block_size=64, vocab_size=257, n_layer=1, n_head=2, n_embd=32, eos_token_id=256)), 'out',
-         'out/ckpt.pt: Error(s) in loading'),
+         'tensor wte.weight has shape (257, 16), expected (257, 32)'),
     case('checkpoint with other settings',
-         lambda: edit_checkpoint('out/ckpt.pt', model_config=dict(layers=3)), 'out', 'out/ckpt.pt',
-         defect='model.GPT.from_pretrained: GPTConfig() raises TypeError'),
+         lambda: edit_checkpoint('out/ckpt.pt', model_config=dict(layers=3)), 'out', 'out/ckpt.pt'),
     case('checkpoint without tensors', lambda: edit_checkpoint('out/ckpt.pt', model=dict(a=1)), 'out',
-         'out/ckpt.pt',
-         defect="model.GPT.from_pretrained: 'int' object has no attribute 'to'"),
+         'out/ckpt.pt'),
     case('a pickle planted as a checkpoint', lambda: plant('out/ckpt.pt'), 'out',
          'out/ckpt.pt: not a whole model file'),
     case('a pickle planted in a checkpoint', lambda: plant_zip('out/ckpt.pt'), 'out',
@@ -618,8 +600,7 @@ def test_model(spoil, name, says, world):
     case('nothing to resume', ['--out_dir=new', '--resume=True'], 'resume: there is no new/ckpt.pt'),
     case('resumed on other data', ['--resume=True', '--val_fraction=0.5', '--loss=simpo'],
          'is not the data that out/ckpt.pt was trained on'),
-    case('resumed with another shape', ['--resume=True', '--init_from=wide', '--loss=simpo'], 'out/ckpt.pt',
-         defect='train.train: model.load_state_dict raises RuntimeError'),
+    case('resumed with another shape', ['--resume=True', '--init_from=wide', '--loss=simpo'], 'out/ckpt.pt'),
     case('missing model', ['--out_dir=new', '--init_from=out/none'], 'out/none: no such file or folder'),
     case('missing init_config', ['--out_dir=new', '--init_from=out/none', '--init_config=none.py'],
          'none.py: no such config file'),
@@ -649,10 +630,8 @@ def test_run(argv, says, world):
 
 
 @pytest.mark.parametrize('spoil, says', [
-    case('best.pt in place of ckpt.pt', lambda: shutil.copy('out/best.pt', 'out/ckpt.pt'), 'out/ckpt.pt',
-         defect="train.train: KeyError 'data'"),
-    case('log.jsonl gone', lambda: os.remove('out/log.jsonl'), 'log.jsonl',
-         defect='train.train: FileNotFoundError'),
+    case('best.pt in place of ckpt.pt', lambda: shutil.copy('out/best.pt', 'out/ckpt.pt'), 'out/ckpt.pt'),
+    case('log.jsonl gone', lambda: os.remove('out/log.jsonl'), 'log.jsonl'),
     case('ckpt.pt cut short', lambda: edit('out/ckpt.pt', lambda b: b[:5000]),
          'out/ckpt.pt: not a whole model file'),
 ])
@@ -662,7 +641,6 @@ def test_resume(spoil, says, world):
         train.train(train.load_config([*BASE, '--resume=True', '--max_iters=2']))
 
 
-@pytest.mark.xfail(strict=True, reason='train.train: step never equals a max_iters that it has passed')
 def test_resume_with_fewer_steps_than_were_taken(world, monkeypatch):
     monkeypatch.setattr(train, 'learning_rate', lambda step, cfg: pytest.fail('goes on') if step > 5 else 0.0)
     with refused(world, 'max_iters: 1'):
