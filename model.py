@@ -232,11 +232,11 @@ class GPTConfig:
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
-    eos_token_id: int = 50256  # ends every response
+    eos_token_id: int = 50256  # ends every response; -1: none does
 
     def __post_init__(self):
         for name, value in asdict(self).items():
-            if type(value) is not int or value < (name != 'eos_token_id'):
+            if type(value) is not int or (value < 1 and name != 'eos_token_id'):
                 raise InputError(f'{name} is {value!r}, not a number of 1 or more')
         if self.n_embd % self.n_head:
             raise InputError(f'n_head: {self.n_head} does not divide n_embd {self.n_embd}')
