@@ -69,6 +69,7 @@ class Options:
     compile: bool | None = None  # torch.compile for both sides; None: on a GPU
     losses: str = 'dpo,simpo'
     orders: str = 'own,sorted'  # the data's own order; batches of pairs of like length
+    rows: int = 0               # TRL: pairs in a forward pass, gradients accumulated; 0: several are tried
     search: bool = True         # try settings one by one; False: only the first of each
     lengths: str = '256,512,1024'   # growth: max_length
     steps: str = ''             # growth: pairs a step; empty: 8,32 on a CPU, 8,64,256 on a GPU
@@ -307,10 +308,10 @@ def ours(conn, job):
 
 
 def trl_settings(o):
-    """What is tried, the likely best of each first. `rows`: pairs in a forward pass; fewer than a step has, with
-    gradient accumulation, need less padding. `tuned` is train.settle_machine, what we do for ourselves: glibc
-    keeps freed memory, float32 products go through oneDNN. Not tried: padding_free, which TRL 1.16 turns off
-    itself; offloading and gradient checkpointing, which cost time; Liger's fused loss, which it refuses."""
+    """What is tried, the likely best of each first. `rows`: pairs in a forward pass; fewer than a step's, and
+    accumulated gradients, need less padding. `tuned`: train.settle_machine, what we do for ourselves: glibc
+    keeps freed memory, and float32 products go through oneDNN. Not tried: padding_free, which TRL 1.16 turns
+    off itself; offloading and gradient checkpointing, which cost time; Liger's loss, which it refuses."""
     B = o.batch_size
     if o.device == 'cpu':
         axes = dict(dtype=o.dtypes, rows=[1, B, max(1, B // 4)], attention=['sdpa', 'eager'],
@@ -320,7 +321,7 @@ def trl_settings(o):
         axes = dict(dtype=o.dtypes, rows=[B, max(1, B // 4)], attention=['sdpa'] + flash, tuned=[False],
                     compile=[o.compile] + [False] * o.compile,
                     liger=[False] + [True] * bool(importlib.util.find_spec('liger_kernel')))
-    axes['rows'] = [n for n in axes['rows'] if B % n == 0]
+    axes['rows'] = [n for n in ([o.rows] if o.rows else axes['rows']) if B % n == 0] or [B]
     return {name: list(dict.fromkeys(values))[:None if o.search else 1] for name, values in axes.items()}
 
 
@@ -439,19 +440,19 @@ def seconds(result):
 
 def search(work, axes, job, warmup):
     """Settings changed one at a time, from the first of each axis, and kept where faster. -> [(seconds, peak
-    memory, settings), ...] of those that ran, fastest first."""
+    memory, settings, first round), ...] of those that ran, fastest first."""
     tried, best, least = [], {name: values[0] for name, values in axes.items()}, math.inf
     for change in [best] + [{name: value} for name, values in axes.items() for value in values[1:]]:
         settings = best | change
         what = f'  {work.__name__}, {job["loss"]}, {describe(settings)}: '
         try:
             with started(work, **job | settings) as c:
-                last = [turn(c) for _ in range(warmup + 1)][-1]
+                first, *_, last = [turn(c) for _ in range(warmup + 1)]
         except RuntimeError as e:
             say(f'{what}does not run here ({e})')
             continue
         took = seconds(last)
-        tried.append((took, last['peak'], settings))
+        tried.append((took, last['peak'], settings, first))
         say(f'{what}{len(job["batches"][0]) / took:.2f} pairs/s (step {last["step"]:.2f} s, reference '
             f'{last["reference"]:.2f} s), {last["peak"]:.2f} GiB at most')
         if took < least:
@@ -473,21 +474,31 @@ def contests(o, repeats, orders):
                 axes = trl_settings(o)
                 if their:
                     axes = {k: axes[k] if k == 'rows' else [v] for k, v in their[0][2].items()}
-                their = search(trl, axes, job, o.warmup)
+                first_order, their = not their, search(trl, axes, job, o.warmup)
+                if first_order:
+                    compare(our, their, batches[0], loss)
             with contextlib.ExitStack() as stack:
                 a = stack.enter_context(started(ours, **job | our[0][2]))
                 b = stack.enter_context(started(trl, **job | their[0][2])) if their else None
                 mine, other = zip(*[(turn(a), turn(b) if b else None) for _ in range(n)])
                 rate = turn(a, 'rate')
+            apart = max([abs(m['loss'] - t['loss']) for m, t in zip(mine, other) if t], default=None)
             if their:
-                lengths = np.array([[len(r) for r in responses] for _, responses in batches[0]])
-                gap = np.abs(mine[0]['logps'] - other[0]['logps'] * (lengths if loss == 'simpo' else 1)).max()
-                apart = max(abs(m['loss'] - t['loss']) for m, t in zip(mine, other))
-                same = 'the same numbers' if apart < 1e-3 else 'THE NUMBERS DIFFER'
-                say(f'  {same}: first loss {mine[0]["loss"]:.5f} and {other[0]["loss"]:.5f}, at most '
-                    f'{apart:.0e} apart in {n} steps; log-probs of whole responses at most {gap:.0e}')
+                say(f'  {loss}, {order}: the two losses at most {apart:.1e} apart in {n} steps')
             yield SimpleNamespace(loss=loss, order=order, batches=batches[o.warmup:], rate=rate, our=our,
                                   their=their, mine=mine[o.warmup:], other=other[o.warmup:] if their else ())
+
+
+def compare(our, their, batch, loss):
+    """Say how far apart the two sides' first losses and log-probs are: the same batch, the same weights."""
+    lengths = np.array([[len(r) for r in responses] for _, responses in batch]) if loss == 'simpo' else 1
+    for dtype in ('float32', 'bfloat16'):
+        a, b = (next((t[3] for t in tried if t[2]['dtype'] == dtype), None) for tried in (our, their))
+        if a and b:
+            gap = np.abs(a['logps'] - b['logps'] * lengths).max()
+            wrong = ': THEY DIFFER' if dtype == 'float32' and abs(a['loss'] - b['loss']) > 1e-3 else ''
+            say(f'  the same numbers? {loss}, {dtype}, first batch: losses {a["loss"]:.5f} and '
+                f'{b["loss"]:.5f}, log-probs of whole responses at most {gap:.1e} apart{wrong}')
 
 
 def step(o):
@@ -509,7 +520,7 @@ def memory(o):
         if c.other:
             other = c.other[-1]['peak']
             what += f'; TRL {describe(c.their[0][2])}'
-            note = ', '.join(f'{peak:.2f} for TRL {describe(settings)}' for _, peak, settings in c.their[1:])
+            note = ', '.join(f'{t[1]:.2f} for TRL {describe(t[2])}' for t in c.their[1:])
         row('memory', what, 'GiB', mine, other, [other / mine] if other else (), note)
 
 
@@ -690,8 +701,11 @@ def bf16_is_faster():
 
 
 def main(argv):
-    sections = [name for arg in argv for name in (SECTIONS if arg == 'all' else [arg]) if name in SECTIONS]
-    o = train.load_config([arg for arg in argv if arg not in (*SECTIONS, 'all')], Options())
+    sections = [name for arg in argv if arg[0] != '-' for name in (SECTIONS if arg == 'all' else [arg])]
+    for name in sections:
+        if name not in SECTIONS:
+            raise prepare.InputError(f'{name!r} is none of the sections {", ".join(SECTIONS)}, all')
+    o = train.load_config([arg for arg in argv if arg[0] == '-'], Options())
     if o.model not in (*SIZES, 'tiny'):
         raise prepare.InputError(f'model: {o.model!r} is none of tiny, {", ".join(SIZES)}')
     for name, value in dict(OMP_WAIT_POLICY='PASSIVE', HF_HUB_OFFLINE='1', HF_HUB_DISABLE_TELEMETRY='1',

@@ -2,23 +2,24 @@
 #
 #   python train.py config/sft_demo.py
 #
-# Data: drawn from the grammar, nothing to download.
+# Data: 20,000 reviews drawn from the grammar, nothing to download. Expect a validation loss near 13 nats a review (the
+# language's own entropy is 12.3) after one to two minutes on two cores.
 
 out_dir = 'out/sft_demo'
 overwrite = True
+init_from = 'scratch'
+n_layer = 3
+n_head = 2
+n_embd = 96
+block_size = 128
 
-loss = 'sft'
 dataset = 'demo'
 tokenizer = 'byte'
 max_length = 112
 max_prompt_length = 48
 val_fraction = 0.02
 
-init_from = 'scratch'
-n_layer = 3
-n_head = 2
-n_embd = 96
-block_size = 128
+loss = 'sft'
 
 batch_size = 32
 learning_rate = 5e-3
@@ -26,4 +27,6 @@ warmup_iters = 20
 max_iters = 800
 beta2 = 0.99
 grad_clip = 0.0
+
 eval_interval = 400
+compile = False

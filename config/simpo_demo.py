@@ -1,18 +1,29 @@
+# SimPO in the built-in world (demo.py): as config/dpo_demo.py, without a reference in the loss.
+#
+#   python train.py config/simpo_demo.py
+#
+# beta and gamma lie within the paper's ranges (Meng et al. 2024: beta 2 to 2.5, gamma/beta 0.3 to 0.5).
+
 out_dir = 'out/simpo_demo'
 overwrite = True
 init_from = 'out/sft_demo'
 init_config = 'config/sft_demo.py'
-loss = 'simpo'
-beta = 2.0
-gamma = 1.0
+
 dataset = 'demo'
 tokenizer = 'byte'
 max_length = 112
 max_prompt_length = 48
 val_fraction = 0.05
+
+loss = 'simpo'
+beta = 2.0
+gamma = 1.0
+
 batch_size = 32
-learning_rate = 3e-4
+learning_rate = 1e-4
 warmup_iters = 10
 epochs = 1.0
 beta2 = 0.99
-eval_interval = 50
+
+eval_interval = 60
+compile = False

@@ -466,6 +466,24 @@ def test_loads_bfloat16_as_float32(tmp_path):
     same_logits(GPT.from_pretrained(str(tmp_path)), theirs.float())
 
 
+@pytest.mark.xfail(strict=True, raises=InputError,
+                   reason='transformers loads these; GPTConfig refuses their end of text')
+@pytest.mark.parametrize('eos_token_id', [None, 50256])
+def test_loads_a_model_without_an_end_of_text(eos_token_id, tmp_path):
+    """transformers writes 50256 for every vocabulary, also for one of 53, where nobody said otherwise."""
+    theirs = hf_model(eos_token_id=eos_token_id)
+    theirs.save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(str(tmp_path))
+    assert ours.config.eos_token_id == -1
+    same_logits(ours, theirs)
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason='-1 is written; transformers has None for it, and warns')
+def test_saves_a_model_without_an_end_of_text(tmp_path):
+    tiny(eos_token_id=-1).save_pretrained(str(tmp_path))
+    assert json.loads((tmp_path / 'config.json').read_text())['eos_token_id'] is None
+
+
 @pytest.mark.parametrize('name', SIZES)
 def test_published_sizes(name):
     """Every size's parameters have the names and shapes that transformers has (on no memory: the meta device)."""
