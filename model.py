@@ -130,12 +130,22 @@ def pieces_mask(batch, piece=256):
             for start, stop in zip(cuts, cuts[1:])]
 
 
-def block_mask(batch):
-    """The same for FlexAttention, which skips blocks with nothing visible: for compiled code on a GPU."""
-    from torch.nn.attention.flex_attention import create_block_mask
+def block_mask(batch, size=128):
+    """The same mask for FlexAttention, which passes over blocks with nothing visible: compiled code on a GPU.
+
+    Pairs lie in order, so a block of queries can see a block of keys only where their ranges of pairs meet and
+    the keys' is not the later: (T/128)^2 entries, where asking `visible` for every query and key takes T^2.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
     pair, branch, T = batch.pair, batch.branch, batch.tokens.numel()
-    return create_block_mask(lambda b, h, q, k: visible(pair, branch, q, k), None, None, T, T,
-                             device=pair.device)
+    order = F.pad(torch.where(pair < 0, T, pair), (0, -T % size), value=T).view(-1, size)   # padding is last
+    first, last = order[:, 0], order[:, -1]
+    index = torch.arange(len(order), device=pair.device)
+    meet = (first[:, None] <= last) & (first <= last[:, None]) & (index <= index[:, None])  # (queries, keys)
+    number, which = meet.sum(1, dtype=torch.int32), meet.int().argsort(dim=1, descending=True, stable=True)
+    return BlockMask.from_kv_blocks(
+        number[None, None], which[None, None].int(), BLOCK_SIZE=size, seq_lengths=(T, T),
+        mask_mod=lambda b, h, q, k: visible(pair, branch, q, k))
 
 
 def attention(q, k, v, mask):                # each (..., H, T, D) -> (..., H, T, D)

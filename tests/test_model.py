@@ -303,6 +303,18 @@ def test_flex_attention_equals_the_pieces():
             close(model.token_logps(batch), pieces, 1e-5)
 
 
+def test_the_blocks_that_flex_attention_keeps_hold_all_that_is_visible():
+    for seed in range(8):
+        batch = pack(some_pairs(12, 2, seed=seed), pad_to=(0, 600)[seed % 2])
+        kept = block_mask(batch, size=16).to_dense()[0, 0].bool()                # (T/16, T/16)
+        index = torch.arange(batch.tokens.numel())
+        dense = visible(batch.pair, batch.branch, index[:, None], index[None])
+        side = len(kept) * 16 - len(index)
+        any_visible = torch.nn.functional.pad(dense, (0, side, 0, side)).view(len(kept), 16, len(kept), 16).any(3).any(1)
+        assert not (any_visible & ~kept).any()
+        assert kept.sum() < 0.5 * kept.numel()                                   # and it does pass over the rest
+
+
 @pytest.mark.parametrize('rows', [1, 4, 100])
 def test_chunked_logps_equal_log_softmax(rows, monkeypatch):
     g = torch.Generator().manual_seed(0)
