@@ -24,6 +24,7 @@ import json
 import math
 import os
 import sys
+import zipfile
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -133,8 +134,8 @@ def pieces_mask(batch, piece=256):
 def block_mask(batch, size=128):
     """The same mask for FlexAttention, which passes over blocks with nothing visible: compiled code on a GPU.
 
-    Pairs lie in order, so a block of queries can see a block of keys only where their ranges of pairs meet and
-    the keys' is not the later: (T/128)^2 entries, where asking `visible` for every query and key takes T^2.
+    Pairs lie in order, so a block of queries can see a block of keys only where their ranges of pairs meet
+    and the keys' is not the later: (T/128)^2 entries, where asking `visible` for each two tokens takes T^2.
     """
     from torch.nn.attention.flex_attention import BlockMask
     pair, branch, T = batch.pair, batch.branch, batch.tokens.numel()
@@ -186,7 +187,7 @@ class ChunkedLogps(torch.autograd.Function):
 
     @staticmethod
     def logits(h, weight, buffer):
-        if h.dtype != torch.float32:                     # bf16 factors, float32 sums: GPU only, see `forward`
+        if h.dtype == torch.bfloat16:                     # bf16 factors, float32 sums: on a GPU alone
             return torch.mm(h, weight.t(), out_dtype=torch.float32)
         return torch.mm(h, weight.t(), out=buffer[:h.size(0)])
 
@@ -360,7 +361,7 @@ class GPT(nn.Module):
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors into `folder`: what transformers.GPT2LMHeadModel loads."""
         from safetensors.torch import save_file
-        c = self.config
+        c, end = self.config, self.config.eos_token_id if self.config.eos_token_id >= 0 else None
         try:
             os.makedirs(folder, exist_ok=True)
         except OSError as e:
@@ -375,8 +376,8 @@ class GPT(nn.Module):
             json.dump(dict(architectures=['GPT2LMHeadModel'], model_type='gpt2',
                            activation_function='gelu_new', n_positions=c.block_size, n_ctx=c.block_size,
                            vocab_size=c.vocab_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
-                           layer_norm_epsilon=1e-5, initializer_range=0.02, bos_token_id=c.eos_token_id,
-                           eos_token_id=c.eos_token_id, tie_word_embeddings=True, torch_dtype='float32'),
+                           layer_norm_epsilon=1e-5, initializer_range=0.02, bos_token_id=end,
+                           eos_token_id=end, tie_word_embeddings=True, torch_dtype='float32'),
                       f, indent=2)
         for name in ('model.safetensors', 'config.json'):    # whole files only, even where this is cut short
             os.replace(os.path.join(folder, name + '.tmp'), os.path.join(folder, name))
@@ -420,7 +421,7 @@ class GPT(nn.Module):
                 if live:
                     responses[row].append(token)
             ends = ends + going                                             # rows that ended stand still
-            going = going & (next_token != self.config.eos_token_id) & (ends < block_size)
+            going = going & (next_token != self.config.eos_token_id) & (ends < block_size - 1)
             if not going.any():
                 break
             if going.sum() <= 0.75 * len(rows):                             # ... and at times leave the batch
@@ -428,7 +429,6 @@ class GPT(nn.Module):
                 for cache in caches:
                     cache.k, cache.v = cache.k[going], cache.v[going]
                 going = going[going]
-            ends = ends.clamp(max=block_size - 1)
             tokens, positions, last = next_token[:, None], ends[:, None], torch.zeros_like(rows)
         return responses
 
@@ -490,7 +490,8 @@ def load_file(path):
         if path.endswith('.safetensors'):
             from safetensors.torch import load_file as load_safetensors
             return load_safetensors(path)
-        found = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+        mapped = zipfile.is_zipfile(path)    # what torch before 1.6 wrote cannot be mapped
+        found = torch.load(path, map_location='cpu', weights_only=True, mmap=mapped)
     except FileNotFoundError:
         raise InputError(f'{path}: no such file')
     except Exception as e:    # each format has errors of its own for a file cut short, or of another kind
@@ -523,8 +524,10 @@ def load_folder(folder):
                           add_cross_attention=False, tie_word_embeddings=True, n_inner=None).items():
         if theirs.get(key, ours) != ours and (key, theirs[key]) != ('n_inner', 4 * theirs['n_embd']):
             raise InputError(f'{path}: {key} is {theirs[key]!r}, and GPT-2 here has {ours!r}')
-    settings = {key: theirs[key] for key in needed if key != 'n_positions'} | dict(
-        block_size=theirs['n_positions'], eos_token_id=theirs.get('eos_token_id', 50256))
+    settings = {key: theirs[key] for key in needed if key != 'n_positions'}
+    eos, vocab = theirs.get('eos_token_id', 50256), settings['vocab_size']
+    known = isinstance(eos, int) and isinstance(vocab, int) and eos < vocab
+    settings |= dict(block_size=theirs['n_positions'], eos_token_id=eos if known else -1)
     tensors = {}
     for name in ('model.safetensors', 'pytorch_model.bin'):
         whole, index = os.path.join(folder, name), os.path.join(folder, name + '.index.json')

@@ -105,6 +105,8 @@ def main(argv):
         if not tokenizer.n_vocab <= model.config.vocab_size < tokenizer.n_vocab + 128:
             raise InputError(f'tokenizer: {tokenizer.name!r} has {tokenizer.n_vocab} tokens, and {name} was '
                              f'made for {model.config.vocab_size}; --tokenizer=NAME')
+    for model in models:
+        model.config.eos_token_id = tokenizer.eot_token
     if machine.dtype == 'bfloat16':
         models = [model.bfloat16() for model in models]
     prompts = read_prompts(options, run, tokenizer)

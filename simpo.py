@@ -51,8 +51,9 @@ def orpo_loss(policy_chosen_logps, policy_rejected_logps, chosen_lengths, reject
     beta is the paper's lambda.
     """
     chosen, rejected = policy_chosen_logps / chosen_lengths, policy_rejected_logps / rejected_lengths
-    # 1 - P loses all its digits where P is near 1: log(1 - exp(x)) by expm1
-    odds = (chosen - rejected) - (torch.log(-torch.expm1(chosen)) - torch.log(-torch.expm1(rejected)))
+    # log(1 - P) as log(-expm1(log P)), which keeps its digits near P = 1; at 1 itself it would be infinite
+    c, r = chosen.clamp(max=-1e-7), rejected.clamp(max=-1e-7)
+    odds = (c - r) - (torch.log(-torch.expm1(c)) - torch.log(-torch.expm1(r)))
     losses = -chosen - beta * F.logsigmoid(odds)
     return losses, beta * chosen.detach(), beta * rejected.detach()
 

@@ -577,6 +577,7 @@ def train(cfg):
     folder = prepare(cfg)
     train_pairs, val_pairs = Pairs(folder, 'train'), Pairs(folder, 'val')
     check_fit(cfg, model, train_pairs, val_pairs)
+    model.config.eos_token_id = train_pairs.meta['eos']    # what responses end with from now on
     n, K = len(train_pairs), train_pairs.meta['responses']
     used = 1 if cfg.loss == 'sft' else K                   # the responses that training looks at
     cfg.max_iters = cfg.max_iters or math.ceil(cfg.epochs * n / cfg.batch_size)
