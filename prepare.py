@@ -147,7 +147,8 @@ def split_transcripts(chosen, rejected):
         raise InputError("no 'prompt', and 'chosen' and 'rejected' share nothing up to an 'Assistant:'")
     at += len(ASSISTANT)
     responses = [chosen[at:], rejected[at:]]
-    notes = ['transcripts that part before their last turn'] * any('\n\nHuman:' in r for r in responses)
+    early = any(turn in r for r in responses for turn in ('\n\nHuman:', ASSISTANT))
+    notes = ['transcripts that part before their last turn'] * early
     notes += ['transcripts with a blank last turn'] * any(not r.strip() for r in responses)   # HH has a few
     return chosen[:at], responses, notes
 
@@ -388,7 +389,7 @@ def encode_chunk(chunk, cfg):
                 raise InputError(f'{len(responses)} responses, where the records before have {K}')
         except InputError as e:
             if cfg.bad_records != 'skip':
-                raise InputError(f'{where}: {e}')
+                raise InputError(f'{where}: {e} (--bad_records=skip leaves such records out)')
             counts['dropped: bad records'] += 1
             first_bad = first_bad or f'{where}: {e}'
             continue

@@ -16,6 +16,7 @@ tokenizer = 'gpt2'
 max_length = 1024
 max_prompt_length = 512
 val_fraction = 0.02
+bad_records = 'skip'     # some responses there are blank
 eval_pairs = 512
 
 loss = 'simpo'
