@@ -24,6 +24,7 @@ import json
 import math
 import os
 import sys
+import warnings
 import zipfile
 from dataclasses import asdict, dataclass
 
@@ -392,6 +393,8 @@ class GPT(nn.Module):
         so two models asked with one seed differ only where their distributions do.
         """
         block_size, device = self.config.block_size, self.device
+        if temperature < 0:
+            raise InputError(f'temperature: {temperature} is less than 0')
         if not prompts or min(map(len, prompts)) < 1 or max(map(len, prompts)) >= block_size:
             raise InputError(f'a prompt to generate from needs 1 to {block_size - 1} tokens')
         B, longest = len(prompts), max(map(len, prompts))
@@ -491,7 +494,8 @@ def load_file(path):
             from safetensors.torch import load_file as load_safetensors
             return load_safetensors(path)
         mapped = zipfile.is_zipfile(path)    # what torch before 1.6 wrote cannot be mapped
-        found = torch.load(path, map_location='cpu', weights_only=True, mmap=mapped)
+        with warnings.catch_warnings(action='ignore'):    # torch's, on pickles of another kind: refused below
+            found = torch.load(path, map_location='cpu', weights_only=True, mmap=mapped)
     except FileNotFoundError:
         raise InputError(f'{path}: no such file')
     except Exception as e:    # each format has errors of its own for a file cut short, or of another kind

@@ -385,7 +385,7 @@ def test_a_bad_record_in_a_worker_is_named_and_leaves_nothing(monkeypatch, write
     monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: {0, 1}, raising=False)
     monkeypatch.setattr(prepare, 'CHUNK', 100)
     path = write('a.jsonl', PAIRS[:30] + [dict(prompt='Q', chosen=3)] + PAIRS[30:])
-    with pytest.raises(InputError, match="^a.jsonl line 31: 'chosen' is of type int, not a string$"):
+    with pytest.raises(InputError, match="^a.jsonl line 31: 'chosen' is of type int, not a string"):
         prepare.prepare(settings(path))
     assert os.listdir(tmp_path / 'data') == []
 
