@@ -120,6 +120,8 @@ def draw_pairs(model, n, seed=1):
 
 def pairs_file(cfg, pairs=6000, texts=20000, seed=1):
     """The demo's data as a .jsonl file, made where there is none: texts for SFT, else init_from's pairs."""
+    if cfg.tokenizer != 'byte':
+        raise InputError(f"tokenizer: {cfg.tokenizer!r}, and the demo's is 'byte'; see config/dpo_demo.py")
     if cfg.loss == 'sft':
         return write_once(os.path.join(cfg.data_dir, f'demo-texts-{texts}.jsonl'), lambda: draw_texts(texts))
     model = GPT.from_pretrained(cfg.init_from)

@@ -48,7 +48,7 @@ def visible(pair, branch, q, k):
 class Batch:
     tokens: torch.Tensor     # (T,) int64
     positions: torch.Tensor  # (T,) int64, where in its own sequence a token stands
-    pair: torch.Tensor       # (T,) int64, which pair a token is of; -1 for padding (fixed shapes on a GPU)
+    pair: torch.Tensor       # (T,) int64, which pair a token is of; padding (GPU only): below 0
     branch: torch.Tensor     # (T,) int64, 0 for the prompt, k for the k-th response
     scored: torch.Tensor     # (N,) int64, index whose output predicts a response token: the one before it, or
                              #             the prompt's last for the first token of every response
@@ -100,18 +100,18 @@ def pack(pairs, pad_to=0):
     index = np.arange(T)
     pair = np.repeat(np.repeat(np.arange(len(pairs)), 1 + K), size)
 
-    def filled(a, value):
-        return torch.from_numpy(np.concatenate([a, np.full(pad, value, dtype=np.int64)]))
+    def filled(a, value=0):
+        return torch.from_numpy(np.concatenate([a, np.zeros(pad, dtype=np.int64) + value]))
     return Batch(
-        tokens=filled(tokens, 0),
-        positions=filled(np.where(response, prompt_length + within, within), 0),
-        pair=filled(pair, -1),
-        branch=filled(branch, 0),
+        tokens=filled(tokens),
+        positions=filled(np.where(response, prompt_length + within, within)),
+        pair=filled(pair, -1 - np.arange(pad)),
+        branch=filled(branch),
         scored=torch.from_numpy(np.where(first, prompt_end, index - 1)[response]),
         targets=torch.from_numpy(tokens[response]),
         owner=torch.from_numpy((pair * K + branch - 1)[response]),
         lengths=torch.from_numpy(lengths),
-        starts=begin[::1 + K].tolist() + [T + pad],
+        starts=begin[::1 + K].tolist() + [T],
     )
 
 
@@ -122,11 +122,12 @@ def pack(pairs, pad_to=0):
 def pieces_mask(batch, piece=256):
     """A packed batch's mask as [(start, stop, (t, t) boolean mask), ...], pair by pair, short ones together
     up to `piece` tokens: nothing is computed between pieces. For a CPU, and the plain way anywhere."""
-    cuts = [0]
-    for start, stop in zip(batch.starts, batch.starts[1:]):
+    cuts, T = [0], batch.tokens.numel()
+    starts = batch.starts + [T] * (batch.starts[-1] < T)        # padding, if there is any, is one more
+    for start, stop in zip(starts, starts[1:]):
         if stop - cuts[-1] > piece and start > cuts[-1]:
             cuts.append(start)
-    cuts.append(batch.starts[-1])
+    cuts.append(T)
     index = torch.arange(cuts[-1], device=batch.tokens.device)
     return [(start, stop, visible(batch.pair, batch.branch, index[start:stop, None], index[None, start:stop]))
             for start, stop in zip(cuts, cuts[1:])]
@@ -140,7 +141,8 @@ def block_mask(batch, size=128):
     """
     from torch.nn.attention.flex_attention import BlockMask
     pair, branch, T = batch.pair, batch.branch, batch.tokens.numel()
-    order = F.pad(torch.where(pair < 0, T, pair), (0, -T % size), value=T).view(-1, size)   # padding is last
+    order = torch.where(pair < 0, T - pair, pair)                        # padding, at the end, counts on
+    order = F.pad(order, (0, -T % size), value=3 * T).view(-1, size)
     first, last = order[:, 0], order[:, -1]
     index = torch.arange(len(order), device=pair.device)
     meet = (first[:, None] <= last) & (first <= last[:, None]) & (index <= index[:, None])  # (queries, keys)
@@ -374,11 +376,11 @@ class GPT(nn.Module):
             tensors['transformer.' + their] = p.to('cpu', torch.float32).contiguous()
         save_file(tensors, os.path.join(folder, 'model.safetensors.tmp'), metadata={'format': 'pt'})
         with open(os.path.join(folder, 'config.json.tmp'), 'w', encoding='utf-8') as f:
-            json.dump(dict(architectures=['GPT2LMHeadModel'], model_type='gpt2',
-                           activation_function='gelu_new', n_positions=c.block_size, n_ctx=c.block_size,
-                           vocab_size=c.vocab_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
-                           layer_norm_epsilon=1e-5, initializer_range=0.02, bos_token_id=end,
-                           eos_token_id=end, tie_word_embeddings=True, torch_dtype='float32'),
+            json.dump(dict(architectures=['GPT2LMHeadModel'], resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+                           model_type='gpt2', activation_function='gelu_new', n_positions=c.block_size,
+                           n_ctx=c.block_size, vocab_size=c.vocab_size, n_embd=c.n_embd,
+                           n_layer=c.n_layer, n_head=c.n_head, layer_norm_epsilon=1e-5,
+                           initializer_range=0.02, bos_token_id=end, eos_token_id=end, tie_word_embeddings=True, torch_dtype='float32'),
                       f, indent=2)
         for name in ('model.safetensors', 'config.json'):    # whole files only, even where this is cut short
             os.replace(os.path.join(folder, name + '.tmp'), os.path.join(folder, name))
@@ -463,7 +465,9 @@ def draw(logits, temperature, top_k, top_p, uniform):
         if top_k:
             probs[:, top_k:] = 0
         if top_p < 1.0:   # the fewest tokens that together reach top_p: those before which it is not reached
-            probs[probs.cumsum(dim=-1) - probs >= top_p * probs.sum(dim=-1, keepdim=True)] = 0
+            rest = probs.cumsum(dim=-1) - probs >= top_p * probs.sum(dim=-1, keepdim=True)
+            rest[:, 0] = False
+            probs[rest] = 0
     cumulative = probs.double().cumsum(dim=-1)
     at = torch.searchsorted(cumulative, (uniform.double() * cumulative[:, -1])[:, None], right=True)
     at = at.clamp(max=probs.size(-1) - 1)
@@ -596,4 +600,5 @@ if __name__ == '__main__':
         GPT.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])
     except InputError as e:
         sys.exit(f'error: {e}')
-    print(f'{sys.argv[2]}: loads with transformers.GPT2LMHeadModel.from_pretrained')
+    print(f'{sys.argv[2]}: loads with transformers.GPT2LMHeadModel.from_pretrained. No tokenizer is written: '
+          "GPT-2's is GPT2Tokenizer.from_pretrained('gpt2')")

@@ -12,6 +12,7 @@ import sys
 import numpy as np
 
 from prepare import InputError
+from train import run
 
 CURVES = ('loss', 'rewards/accuracies', 'rewards/margins', 'rewards/chosen', 'rewards/rejected',
           'logps/chosen', 'logps/rejected', 'grad_norm')
@@ -107,7 +108,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    try:
-        main(sys.argv[1:])
-    except InputError as e:
-        sys.exit(f'error: {e}')
+    run(main, __doc__, sys.argv[1:])

@@ -110,7 +110,7 @@ def write_chat(messages, key):
         role, content = (m.get('role'), m.get('content')) if isinstance(m, dict) else (m, None)
         if not (isinstance(role, str) and role in ROLES and isinstance(content, str)):
             raise InputError(f'{key!r}: a message needs a content and a role (system, user or assistant), '
-                             f'not {short(role)}')
+                             f'not {short(role)} with a content of type {type(content).__name__}')
         out += f'\n\n{ROLES[role]}: {content}'
     return out
 
@@ -183,9 +183,12 @@ def read_record(record, template='', label_from_scores=False):
     p = number_of(record, 'p') if record.get('p') is not None else 1.0
     if not 0 <= p <= 1:
         raise InputError(f"'p' is {p}, not a probability")
-    scores = [number_of(record, k) for k in ('chosen_score', 'rejected_score') if record.get(k) is not None]
+    keys = ('chosen_score', 'rejected_score')
+    if 'score_chosen' in record:    # UltraFeedback's names
+        keys = ('score_chosen', 'score_rejected')
+    scores = [number_of(record, k) for k in keys if record.get(k) is not None]
     if len(scores) == 1 or (label_from_scores and not scores):
-        raise InputError("'chosen_score' and 'rejected_score' go together, and one is missing")
+        raise InputError(f"{keys[0]!r} and {keys[1]!r} go together, and one is missing")
     if scores and scores[0] < scores[1]:
         notes.append('records whose rejected response has the higher score')
     if label_from_scores:
@@ -613,6 +616,8 @@ def main(argv):
         raise InputError('usage: python prepare.py CONFIG_OR_SOURCE [--show=N] [--name=value ...]')
     if not all(n.isdecimal() for n in shown):
         raise InputError(f'command line: --show={shown[0]} is not a number of records')
+    if argv[0] == 'demo':    # its records come from a model, which that config names
+        argv[0] = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config', 'dpo_demo.py')
     if not argv[0].endswith('.py'):
         argv = [f'--dataset={argv[0]}', *argv[1:]]
     cfg = train.load_config(argv)
@@ -624,7 +629,5 @@ def main(argv):
 
 if __name__ == '__main__':
     import prepare   # by its name, as train.py imports it: one module, one InputError
-    try:
-        prepare.main(sys.argv[1:])
-    except prepare.InputError as e:
-        sys.exit(f'error: {e}')
+    import train
+    train.run(prepare.main, __doc__, sys.argv[1:])

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from model import GPT, find_pretrained, load_checkpoint
 from prepare import InputError, Pairs, get_tokenizer, prepare
-from train import Config, load_config, settle_machine
+from train import Config, load_config, run, settle_machine
 
 
 @dataclass
@@ -95,9 +95,18 @@ def main(argv):
     if not argv or argv[0].startswith('-'):
         raise InputError('usage: python sample.py MODEL [--name=value ...]')
     options = load_config(argv[1:], Options())
+    limits = dict(n=(1, 1e9), max_new_tokens=(1, 1e9), batch_size=(1, 1e9), limit=(0, 1e9), top_k=(0, 1e9),
+                  top_p=(1e-9, 1), temperature=(0, 1e9), seed=(0, 2**62))
+    for name, (low, high) in limits.items():
+        if not low <= getattr(options, name) <= high:
+            raise InputError(f'{name}: {getattr(options, name)} is not between {low:g} and {high:g}')
+    if options.template not in ('', 'chat') or options.dtype not in ('auto', 'float32', 'bfloat16'):
+        raise InputError(f'template, dtype: {options.template!r} or {options.dtype!r} is not known')
+    if options.prompt and options.prompts:
+        raise InputError('prompt, prompts: give one of the two')
     names = [argv[0]] + [options.compare] * bool(options.compare)
-    run = run_config(names[0])
-    tokenizer = get_tokenizer(options.tokenizer or (run.tokenizer if run else 'gpt2'))
+    trained = run_config(names[0])
+    tokenizer = get_tokenizer(options.tokenizer or (trained.tokenizer if trained else 'gpt2'))
     machine = Config(device=options.device, dtype=options.dtype)
     settle_machine(machine)
     models = [GPT.from_pretrained(name).to(machine.device) for name in names]
@@ -109,9 +118,14 @@ def main(argv):
         model.config.eos_token_id = tokenizer.eot_token
     if machine.dtype == 'bfloat16':
         models = [model.bfloat16() for model in models]
-    prompts = read_prompts(options, run, tokenizer)
-    path = options.out or (os.path.join(names[0], 'samples.jsonl') if run and os.path.isdir(names[0]) else '')
-    out = open(path, 'w', encoding='utf-8') if path else None
+    prompts = read_prompts(options, trained, tokenizer)
+    path = options.out
+    if trained and os.path.isdir(names[0]):
+        path = path or os.path.join(names[0], 'samples.jsonl')
+    try:
+        out = open(path, 'w', encoding='utf-8') if path else None
+    except OSError as e:
+        raise InputError(f'out: {path} cannot be written ({e.strerror})')
 
     def answer(prompts):
         """Complete the prompts with every model; print, and write, what came."""
@@ -137,7 +151,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    try:
-        main(sys.argv[1:])
-    except InputError as e:
-        sys.exit(f'error: {e}')
+    run(main, __doc__, sys.argv[1:])

@@ -207,6 +207,10 @@ def check_config(cfg):
                          f'in max_length {cfg.max_length}')
     if {'max_iters', 'epochs'} <= cfg.given and cfg.max_iters:
         raise InputError('max_iters, epochs: give one of the two')
+    if cfg.loss == 'robust_dpo' and cfg.label_smoothing == 0.5:
+        raise InputError('label_smoothing: 0.5 says that labels are noise; robust_dpo divides by 1 - 2 * 0.5')
+    if cfg.schedule == 'constant' and 'min_lr' in cfg.given:
+        raise InputError("min_lr: ignored with schedule = 'constant'")
     ignored = set(OPTIONS) - set(loss_parameters(cfg.loss))
     ignored |= {'reference'} if not needs_reference(cfg.loss) else set()
     ignored |= {'n_layer', 'n_head', 'n_embd', 'block_size'} if cfg.init_from != 'scratch' else set()
@@ -330,17 +334,20 @@ def fingerprint(model):
     return h.hexdigest()
 
 
-def cached_reference(model, pairs, indices, cfg):
+def cached_reference(model, weights, pairs, indices, cfg):
     """The reference's log-probs of the pairs at `indices`, computed where the cache lacks them: an (n, K)
     array, mapped from a file beside the data. Zero means not computed yet: a log-prob is below it. The key
     holds all that the numbers depend on, so a sweep over beta or the learning rate pays once."""
     K, n = pairs.meta['responses'], len(pairs)
-    inputs = f'{fingerprint(model)} {pairs.hash} {cfg.dtype} {cfg.device}'
+    inputs = f'{weights} {pairs.hash} {cfg.dtype} {cfg.device}'
     key = hashlib.sha256(inputs.encode()).hexdigest()[:12]
     path = os.path.join(pairs.folder, f'{pairs.split}-reference-{key}.f32')
-    with open(path, 'ab') as f:
-        f.truncate(n * K * 4)
-    table = np.memmap(path, dtype='<f4', mode='r+', shape=(n, K))
+    try:
+        with open(path, 'ab') as f:
+            f.truncate(n * K * 4)
+        table = np.memmap(path, dtype='<f4', mode='r+', shape=(n, K))
+    except OSError as e:
+        raise InputError(f'{path}: cannot be written ({first_line(e)}); --reference=live needs no file')
     missing = np.unique(indices)
     missing = missing[(table[missing] == 0).any(axis=1)]
     wait()                                                 # until every process has looked
@@ -512,16 +519,37 @@ def load_policy(cfg):
         return GPT(GPTConfig(cfg.block_size, tokenizer.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd,
                              tokenizer.eot_token)).to(cfg.device)
     if cfg.init_config:
-        base = load_config([cfg.init_config, f'--data_dir={cfg.data_dir}', f'--device={cfg.device}'])
+        beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), cfg.init_config)
+        path = cfg.init_config if os.path.exists(cfg.init_config) else beside
+        base = load_config([path, f'--data_dir={cfg.data_dir}', f'--device={cfg.device}'])
         path = os.path.join(base.out_dir, 'ckpt.pt')
         if base.out_dir == cfg.init_from:                  # not where another model was asked for
             there = load_checkpoint(path) if os.path.exists(path) else None
-            base.resume = there is not None                # it was interrupted, unless it is whole
             if there is None or there['step'] < there['config']['max_iters']:
-                say(f'{cfg.init_from} is not there yet: first python train.py {cfg.init_config}')
-                train(base)
+                base.resume = there is not None
+                say(f'{cfg.init_from} is {"not whole" if there else "not there"} yet: training it, as '
+                    f'{cfg.init_config} says')
+                try:
+                    train(base)
+                except SystemExit:
+                    say(f'that was {cfg.init_from}, not {cfg.out_dir} yet: the same command goes on with it')
+                    raise
                 say(f'{cfg.init_from} is there; now {cfg.out_dir}')
+            elif base.max_iters and there['config']['max_iters'] != base.max_iters:
+                say(f'note: {cfg.init_from} was trained for {there["config"]["max_iters"]} steps, and '
+                    f'{cfg.init_config} says {base.max_iters}')
     return GPT.from_pretrained(cfg.init_from).to(cfg.device)
+
+
+def check_model(cfg, model, max_length, tokenizer):
+    """Raise InputError where the policy's context or vocabulary is not what the data needs."""
+    context, vocab = model.config.block_size, model.config.vocab_size
+    tokens = get_tokenizer(tokenizer).n_vocab
+    if max_length > context:
+        raise InputError(f'max_length: {max_length} exceeds the context of {cfg.init_from}, {context}')
+    if not tokens <= vocab < tokens + 128:                 # may be padded to a round number
+        raise InputError(f'tokenizer: {tokenizer!r} has {tokens} tokens, and {cfg.init_from} was made for '
+                         f'{vocab}')
 
 
 def check_fit(cfg, model, train_pairs, val_pairs):
@@ -532,13 +560,7 @@ def check_fit(cfg, model, train_pairs, val_pairs):
         if (cfg.dataset != settings['dataset'] and name in cfg.given - {'dataset'}
                 and getattr(cfg, name) != value):
             raise InputError(f'{name}: {getattr(cfg, name)!r}, but {cfg.dataset} was prepared with {value!r}')
-    context, vocab = model.config.block_size, model.config.vocab_size
-    if settings['max_length'] > context:
-        raise InputError(f'max_length: {settings["max_length"]} exceeds the context of '
-                         f'{cfg.init_from}, {context}')
-    if not meta['n_vocab'] <= vocab < meta['n_vocab'] + 128:     # may be padded to a round number
-        raise InputError(f'tokenizer: {settings["tokenizer"]!r} has {meta["n_vocab"]} tokens, and '
-                         f'{cfg.init_from} was made for {vocab}')
+    check_model(cfg, model, settings['max_length'], settings['tokenizer'])
     if cfg.loss != 'sft' and K != 2 and (K < 2 or cfg.loss != 'plackett_luce'):
         raise InputError(f'dataset: {cfg.dataset} has {K} responses to a prompt; '
                          f'loss = {cfg.loss!r} compares two')
@@ -568,9 +590,14 @@ def train(cfg):
                          '--overwrite=True starts anew')
     if cfg.resume and not os.path.exists(ckpt):
         raise InputError(f'resume: there is no {ckpt}')
+    if cfg.eval_only:                                      # the run that is there, else init_from
+        cfg.resume = os.path.exists(ckpt)
 
     # the policy and the pairs
     model = load_policy(cfg)
+    prepared = os.path.exists(os.path.join(cfg.dataset, 'meta.json'))
+    if not prepared:
+        check_model(cfg, model, cfg.max_length, cfg.tokenizer)
     if RANK == 0:
         prepare(cfg)
     wait()
@@ -578,6 +605,9 @@ def train(cfg):
     train_pairs, val_pairs = Pairs(folder, 'train'), Pairs(folder, 'val')
     check_fit(cfg, model, train_pairs, val_pairs)
     model.config.eos_token_id = train_pairs.meta['eos']    # what responses end with from now on
+    for name, value in train_pairs.meta['settings'].items():
+        if name != 'dataset':                              # as prepared, where that was done before
+            setattr(cfg, name, value)
     n, K = len(train_pairs), train_pairs.meta['responses']
     used = 1 if cfg.loss == 'sft' else K                   # the responses that training looks at
     cfg.max_iters = cfg.max_iters or math.ceil(cfg.epochs * n / cfg.batch_size)
@@ -585,24 +615,32 @@ def train(cfg):
     if 0 < cfg.eval_pairs < len(val):
         val = np.sort(np.random.default_rng(cfg.seed).permutation(len(val))[:cfg.eval_pairs])
     held = lock(cfg.out_dir) if RANK == 0 else None
+    if os.path.exists(ckpt) and not (cfg.resume or cfg.overwrite or cfg.eval_only):
+        raise InputError(f'out_dir: {cfg.out_dir} holds a run, finished just now')
+    base = fingerprint(model) if needs_reference(cfg.loss) else ''
 
     # where the run stands
     state = dict(step=0, best=math.inf, evaluated=-1, log_bytes=0, first={}, metrics={}, warned=False)
     checkpoint = load_checkpoint(ckpt) if cfg.resume else None
     if cfg.resume:
-        if not checkpoint.keys() >= {*state, 'optimizer', 'data'}:
+        if not checkpoint.keys() >= {*state, 'optimizer', 'data', 'reference'}:
             raise InputError(f'{ckpt}: not a whole checkpoint, but weights alone')
         if checkpoint['model_config'] != dataclasses.asdict(model.config):
             raise InputError(f'{ckpt}: a model of another shape than {cfg.init_from}')
         if checkpoint['data'] != train_pairs.hash and not cfg.eval_only:
             raise InputError(f'dataset: {folder} is not the data that {ckpt} was trained on')
+        if checkpoint['config']['loss'] != cfg.loss and not cfg.eval_only:
+            was = checkpoint['config']['loss']
+            raise InputError(f'loss: {cfg.loss!r}, and {ckpt} was trained with {was!r}')
+        if checkpoint['reference'] != base and checkpoint['config']['loss'] == cfg.loss:
+            raise InputError(f'init_from: {cfg.init_from} is not the reference that {ckpt} was trained with')
         if not cfg.eval_only and cfg.max_iters < checkpoint['step']:
             raise InputError(f'max_iters: {cfg.max_iters}, and {ckpt} has done {checkpoint["step"]} steps')
         if not cfg.eval_only and not os.path.exists(log_path):
             raise InputError(f'{log_path}: missing, and resume goes on with it')
         state = {name: checkpoint[name] for name in state}
         for name, was in checkpoint['config'].items():
-            if name not in ('resume', 'overwrite', 'eval_only') and was != getattr(cfg, name):
+            if not cfg.eval_only and name not in ('resume', 'overwrite') and was != getattr(cfg, name):
                 say(f'resuming with {name} = {getattr(cfg, name)!r}, which was {was!r}')
 
     # the reference: frozen, and its log-probs known before the first step
@@ -615,8 +653,8 @@ def train(cfg):
         if not cfg.eval_only:
             seen = np.arange(n) if cfg.max_iters * cfg.batch_size >= n else np.concatenate(
                 [step_indices(s, n, cfg.batch_size, cfg.seed) for s in range(cfg.max_iters)])
-            reference_train = cached_reference(model, train_pairs, seen, cfg)
-        reference_val = cached_reference(model, val_pairs, val, cfg) if len(val) else None
+            reference_train = cached_reference(model, base, train_pairs, seen, cfg)
+        reference_val = cached_reference(model, base, val_pairs, val, cfg) if len(val) else None
 
     optimizer = torch.optim.AdamW(
         [dict(params=[p for p in model.parameters() if p.dim() > 1], weight_decay=cfg.weight_decay),
@@ -629,12 +667,14 @@ def train(cfg):
 
     if cfg.eval_only:
         metrics = evaluate(model, reference_val, val_pairs, val, cfg, eval_path)
-        say(f'{len(val)} validation pairs -> {eval_path}')
+        say(f'{ckpt if cfg.resume else cfg.init_from} on {len(val)} validation pairs -> {eval_path}')
         say('\n'.join(f'{name:24}{value:>10.4f}' for name, value in metrics.items()))
         return metrics
 
     if RANK == 0:
         if not cfg.resume:
+            if os.path.exists(ckpt):
+                say(f'overwriting the run in {cfg.out_dir}')
             for path in (ckpt, best_ckpt, eval_path):      # of the run that this one overwrites
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(path)
@@ -652,7 +692,8 @@ def train(cfg):
             weights = dict(model=model.state_dict(), model_config=dataclasses.asdict(model.config),
                            config=dataclasses.asdict(cfg))
             state['log_bytes'] = log.tell()
-            save(ckpt, weights | state | dict(optimizer=optimizer.state_dict(), data=train_pairs.hash))
+            save(ckpt, weights | state | dict(optimizer=optimizer.state_dict(), data=train_pairs.hash,
+                                                reference=base))
             if improved:
                 save(best_ckpt, weights | dict(step=state['step']))
 
@@ -670,9 +711,19 @@ def train(cfg):
         return ready
 
     stop = []                                              # a signal that came: the step is finished first
-    handlers = {s: signal.signal(s, lambda s, frame: stop.append(s)) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def finish_step(number, frame):
+        stop.append(number)
+        signal.signal(number, handlers[number])            # a second one does not wait
+
+    handlers = {s: signal.signal(s, finish_step) for s in (signal.SIGTERM, signal.SIGINT)}
     if not cfg.resume:
         write_log(header(cfg, train_pairs, val_pairs))
+    told = {name: p.default if getattr(cfg, name, None) is None else getattr(cfg, name)
+            for name, p in loss_parameters(cfg.loss).items() if name in OPTIONS}
+    say(', '.join([f'loss {cfg.loss}', *(f'{name} {value}' for name, value in told.items())]))
+    if not len(val):
+        say(f'note: no validation pairs (val_fraction {cfg.val_fraction}), so there is nothing to evaluate')
     say(f'{model.num_params():,} parameters; {n:,} pairs to train on, {len(val):,} to validate; '
         f'{cfg.max_iters} steps of {cfg.batch_size} pairs on {cfg.device} in {cfg.dtype}')
     bar = tqdm(total=cfg.max_iters, initial=state['step'], unit=' steps', disable=None if RANK == 0 else True)
@@ -767,6 +818,7 @@ def train(cfg):
     if RANK == 0:
         log.close()
         held.close()
+    say(f'-> {cfg.out_dir}')
     if state['first']:
         say(table(state['metrics'], state['first']))
     if cfg.dataset == 'demo' and cfg.loss != 'sft' and RANK == 0:
@@ -775,8 +827,17 @@ def train(cfg):
     return state['metrics']
 
 
-if __name__ == '__main__':
+def run(main, doc, argv):
+    """A command's frame: help, one line for what the user can mend, and quiet when interrupted."""
+    if not argv or argv[0] in ('-h', '--help'):
+        raise SystemExit(print(doc.strip()))
     try:
-        train(load_config(sys.argv[1:]))
+        main(argv)
     except InputError as e:
         sys.exit(f'error: {e}')
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == '__main__':
+    run(lambda argv: train(load_config(argv)), __doc__, sys.argv[1:])
