@@ -380,7 +380,8 @@ class GPT(nn.Module):
                            model_type='gpt2', activation_function='gelu_new', n_positions=c.block_size,
                            n_ctx=c.block_size, vocab_size=c.vocab_size, n_embd=c.n_embd,
                            n_layer=c.n_layer, n_head=c.n_head, layer_norm_epsilon=1e-5,
-                           initializer_range=0.02, bos_token_id=end, eos_token_id=end, tie_word_embeddings=True, torch_dtype='float32'),
+                           initializer_range=0.02, bos_token_id=end, eos_token_id=end,
+                           tie_word_embeddings=True, torch_dtype='float32'),
                       f, indent=2)
         for name in ('model.safetensors', 'config.json'):    # whole files only, even where this is cut short
             os.replace(os.path.join(folder, name + '.tmp'), os.path.join(folder, name))

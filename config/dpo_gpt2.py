@@ -9,6 +9,8 @@
 # Settings of the paper (Rafailov et al. 2023, arXiv:2305.18290, appendix B): beta 0.1, batches of 64 pairs, a learning
 # rate of 1e-6 after 150 steps of linear warm-up. Theirs was RMSprop and one epoch of HH, ours is AdamW; theirs were
 # models of 2.8 billion parameters, so expect to raise the learning rate for GPT-2's 124 million.
+#
+# Expect: not yet run on a GPU by us, so no duration and no result to compare with; the first lines say how fast it goes.
 
 out_dir = 'out/dpo_gpt2'
 init_from = 'out/sft_gpt2'

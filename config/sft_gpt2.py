@@ -3,6 +3,8 @@
 #   python train.py config/sft_gpt2.py
 #
 # Data: as config/dpo_gpt2.py; GPT-2's weights (500 MB) come from the hub, or --init_from=FOLDER.
+#
+# Expect: not yet run on a GPU by us, so no duration and no result to compare with; the first lines say how fast it goes.
 
 out_dir = 'out/sft_gpt2'
 init_from = 'gpt2'

@@ -34,7 +34,8 @@ SHORT = {
     'python train.py config/dpo_demo.py': '--max_iters=2 --eval_interval=2',
     'python train.py config/simpo_demo.py': '--max_iters=2 --eval_interval=2',
     'python train.py config/sft_gpt2.py': '--init_from=tiny --dataset=pairs.jsonl --max_iters=2 --batch_size=4',
-    'python train.py config/dpo_gpt2.py --dataset=pairs.jsonl': '--max_iters=2 --batch_size=4',
+    'python train.py config/dpo_gpt2.py --dataset=pairs.jsonl --init_from=gpt2': '--init_from=tiny --max_iters=2 '
+                                                                              '--batch_size=4',
     'python train.py config/dpo_gpt2.py': '--dataset=pairs.jsonl --max_iters=2 --batch_size=4',
     'python train.py config/simpo_gpt2.py': '--init_from=tiny --dataset=pairs.jsonl --max_iters=2 --batch_size=4 '
                                             '--max_length=512 --max_prompt_length=256',
