@@ -72,8 +72,8 @@ def frontier(folder, path=None):
         ax.errorbar(kl, reward, 2 * reward_error, 2 * kl_error, fmt='osD^v<>ph*XP'[k % 12], ms=5, lw=0.8,
                     label=loss, alpha=0.85)
     ax.set(xlabel=r'KL($\pi\,\|\,\pi_{ref}$) of whole reviews, nats', ylabel='expected gold reward',
-           xlim=(-0.1, min(8, 1.1 * max(r['kl'] for r in lines))))
-    ax.legend(fontsize=7, loc='lower right', ncols=2)
+           xscale='log', xlim=(0.05, 1.3 * max(r['kl'] for r in lines)))
+    ax.legend(fontsize=7, loc='upper left')
     ax.grid(alpha=0.25)
     fig.savefig(path, dpi=120)
     print(f'-> {path}')
