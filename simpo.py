@@ -19,8 +19,8 @@ def simpo_loss(policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejec
         loss = -log sigma(beta/|y_w| log pi(y_w|x) - beta/|y_l| log pi(y_l|x) - gamma)
 
     The reward is beta times the mean log-prob of a response's tokens; `gamma` is the margin, in units of
-    reward, by which chosen is asked to win (the paper searches 0.3 to 1.6, beta 2.0 to 2.5). `label_smoothing`
-    and `p` as in dpo_loss; they weigh the two sides of z = r_w - r_l - gamma, so the margin stays on chosen's
+    reward, by which chosen is asked to win (the paper searches 0.3 to 1.6). `label_smoothing` and `p` are as
+    in dpo_loss; they weigh the two sides of z = r_w - r_l - gamma, so the margin stays on chosen's
     side, as in the authors' code. `sft_weight` weighs chosen's mean negative log-likelihood (their appendix).
     """
     chosen_rewards = beta * policy_chosen_logps / chosen_lengths
