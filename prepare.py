@@ -593,8 +593,9 @@ class Pairs:
 
 def show(cfg, n):
     """Print the first n records as training will see them: `|` where a response begins, what was cut."""
+    source = read_source(source_of(cfg), cfg.split)      # says at once that there is none
     tokenizer = get_tokenizer(cfg.tokenizer)
-    for where, raw in itertools.islice(read_source(source_of(cfg), cfg.split), n):
+    for where, raw in itertools.islice(source, n):
         try:
             prompt, responses, p, _, notes = encode_pair(parse(raw), tokenizer, cfg)
         except InputError as e:

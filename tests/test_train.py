@@ -296,3 +296,21 @@ def test_resume_refuses_other_data(world):
         f.write(json.dumps(dict(prompt='new', chosen=' yes', rejected=' no')) + '\n')
     with pytest.raises(InputError, match='is not the data that .* was trained on'):
         train.train(world(max_iters=4, resume=True))
+
+
+def test_resume_refuses_another_reference_or_objective(world):
+    train.train(world(max_iters=2))
+    with pytest.raises(InputError, match="loss: 'simpo', and .* was trained with 'dpo'"):
+        train.train(world(max_iters=4, resume=True, loss='simpo'))
+    torch.manual_seed(5)
+    GPT(GPTConfig(64, 257, 2, 2, 32, 256)).save_pretrained(world.path / 'base')      # retrained meanwhile
+    with pytest.raises(InputError, match='is not the reference that .* was trained with'):
+        train.train(world(max_iters=4, resume=True))
+
+
+def test_eval_only_evaluates_the_run_that_is_there(world):
+    last = train.train(world(max_iters=4, learning_rate=1e-2))
+    before = (world.path / 'run' / 'ckpt.pt').read_bytes()
+    again = train.train(world(eval_only=True))
+    assert again == pytest.approx(last, rel=1e-5) and again['eval/loss'] != pytest.approx(math.log(2), abs=1e-4)
+    assert (world.path / 'run' / 'ckpt.pt').read_bytes() == before
