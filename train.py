@@ -598,10 +598,11 @@ def train(cfg):
     prepared = os.path.exists(os.path.join(cfg.dataset, 'meta.json'))
     if not prepared:
         check_model(cfg, model, cfg.max_length, cfg.tokenizer)
-    if RANK == 0:
-        prepare(cfg)
-    wait()
+    if RANK > 0:
+        wait()                                             # the first process prepares, the others find it
     folder = prepare(cfg)
+    if RANK == 0:
+        wait()
     train_pairs, val_pairs = Pairs(folder, 'train'), Pairs(folder, 'val')
     check_fit(cfg, model, train_pairs, val_pairs)
     model.config.eos_token_id = train_pairs.meta['eos']    # what responses end with from now on
