@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from model import GPT, find_pretrained, load_checkpoint
 from prepare import InputError, Pairs, get_tokenizer, prepare
-from train import Config, load_config, run, settle_machine
+from train import Config, check_model, load_config, run, settle_machine
 
 
 @dataclass
@@ -111,10 +111,7 @@ def main(argv):
     settle_machine(machine)
     models = [GPT.from_pretrained(name).to(machine.device) for name in names]
     for name, model in zip(names, models):
-        if not tokenizer.n_vocab <= model.config.vocab_size < tokenizer.n_vocab + 128:
-            raise InputError(f'tokenizer: {tokenizer.name!r} has {tokenizer.n_vocab} tokens, and {name} was '
-                             f'made for {model.config.vocab_size}; --tokenizer=NAME')
-    for model in models:
+        check_model(Config(init_from=name), model, 0, tokenizer.name)
         model.config.eos_token_id = tokenizer.eot_token
     if machine.dtype == 'bfloat16':
         models = [model.bfloat16() for model in models]
