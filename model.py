@@ -179,8 +179,9 @@ class ChunkedLogps(torch.autograd.Function):
     """log softmax(h W^T)[target] at N positions, a chunk of rows at a time.
 
     The (N, V) logits never exist at once: each chunk's are made, reduced to one number per row, and made
-    again in the backward pass, where their gradient (one-hot - softmax, times the row's upstream gradient)
-    goes straight into those of h and W. Logits, log-probs and the sum into W's gradient are always float32.
+    again in the backward pass, where their gradient, (one-hot - softmax) times the row's upstream gradient,
+    goes straight into those of h and W. Logits, log-probs and the sum into W's gradient are always float32;
+    under bf16 autocast the gradient's own products have bf16 factors where that is faster.
     """
 
     @staticmethod
@@ -189,50 +190,44 @@ class ChunkedLogps(torch.autograd.Function):
         return [slice(i, i + rows) for i in range(0, h.size(0), rows)]
 
     @staticmethod
-    def logits(h, weight, buffer):
+    def logits(h, weight):
         if h.dtype == torch.bfloat16:                     # bf16 factors, float32 sums: on a GPU alone
             return torch.mm(h, weight.t(), out_dtype=torch.float32)
-        return torch.mm(h, weight.t(), out=buffer[:h.size(0)])
+        return torch.mm(h, weight.t())
 
     @staticmethod
     def forward(ctx, h, weight, targets):                # (N, d), (V, d), (N,) -> (N,)
         # rounding GPT-2's logits (near -100) to bf16 would be wrong by 0.25: where bf16 factors cannot be
         # summed into float32 logits, the factors are float32 too
-        low = h.is_cuda and torch.is_autocast_enabled('cuda')
-        dtype = torch.get_autocast_dtype('cuda') if low else torch.promote_types(h.dtype, torch.float32)
+        device = h.device.type
+        low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
+        dtype = low if h.is_cuda else torch.promote_types(low, torch.float32)
         h_dtype, h, w = h.dtype, h.to(dtype), weight.to(dtype)
         out = torch.empty(h.size(0), dtype=torch.promote_types(dtype, torch.float32), device=h.device)
-        chunks = ChunkedLogps.chunks(h, w)
-        with torch.autocast(h.device.type, enabled=False):
-            buffer = h.new_empty(0 if low or not chunks else chunks[0].stop, w.size(0))
-            for c in chunks:
-                logits = ChunkedLogps.logits(h[c], w, buffer[:h[c].size(0)])         # (rows, V)
-                chosen = logits.gather(1, targets[c, None])[:, 0]
-                out[c] = chosen - logits.logsumexp(dim=1)
-        ctx.save_for_backward(h, w, targets, out)
-        ctx.dtypes = h_dtype, weight.dtype
+        with torch.autocast(device, enabled=False):
+            for c in ChunkedLogps.chunks(h, w):
+                logits = ChunkedLogps.logits(h[c], w)                                # (rows, V)
+                out[c] = -F.cross_entropy(logits, targets[c], reduction='none')
+        ctx.save_for_backward(h, w, targets)
+        ctx.dtypes = h_dtype, weight.dtype, low
         return out
 
     @staticmethod
     def backward(ctx, grad):                             # (N,)
-        h, w, targets, out = ctx.saved_tensors
-        grad_h = torch.empty_like(h)
-        grad_w = torch.zeros(w.shape, dtype=out.dtype, device=w.device)
-        chunks = ChunkedLogps.chunks(h, w)
-        buffer = h.new_empty(0 if h.dtype == torch.bfloat16 or not chunks else chunks[0].stop, w.size(0))
-        for c in chunks:
-            logits = ChunkedLogps.logits(h[c], w, buffer[:h[c].size(0)])
-            chosen = logits.gather(1, targets[c, None])
-            probs = logits.sub_(chosen - out[c, None]).exp_()             # the log-normaliser is chosen - out
-            probs.mul_(-grad[c, None])
-            probs.scatter_add_(1, targets[c, None], grad[c, None])        # grad * (one-hot - softmax)
-            probs = probs.to(h.dtype)
-            grad_h[c] = probs @ w
+        h, w, targets = ctx.saved_tensors
+        h_dtype, w_dtype, low = ctx.dtypes
+        grad_h, w_low = torch.empty_like(h), w.to(low)
+        grad_w = torch.zeros(w.shape, dtype=grad.dtype, device=w.device)
+        for c in ChunkedLogps.chunks(h, w):
+            probs = torch.softmax(ChunkedLogps.logits(h[c], w), dim=1)               # (rows, V)
+            g, ones = -grad[c, None], torch.ones_like(probs[:, :1])
+            probs.scatter_add_(1, targets[c, None], -ones)                           # softmax - one-hot
+            grad_h[c] = (g * (probs.to(low) @ w_low)).to(h.dtype)
             if h.dtype == torch.bfloat16:
-                grad_w += torch.mm(probs.t(), h[c], out_dtype=torch.float32)
+                grad_w += torch.mm(probs.to(low).t(), (g * h[c]).to(low), out_dtype=torch.float32)
             else:
-                grad_w.addmm_(probs.t(), h[c])
-        return grad_h.to(ctx.dtypes[0]), grad_w.to(ctx.dtypes[1]), None
+                grad_w.addmm_(probs.t(), (g * h[c]))
+        return grad_h.to(h_dtype), grad_w.to(w_dtype), None
 
 
 # ------------------------------------------------------------------------------------------------------------
