@@ -155,6 +155,10 @@ def block_mask(batch, size=128):
 def attention(q, k, v, mask):                # each (..., H, T, D) -> (..., H, T, D)
     if mask is None:                                                             # plain causal
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    if torch.is_tensor(mask) and q.size(-2) == 1 and q.device.type == 'cpu' and q.dtype == torch.float32:
+        # generation on a CPU: products of a matrix with one vector are 2 to 5 times faster in plain lines
+        scores = (k * q).sum(-1, keepdim=True) / math.sqrt(q.size(-1))           # (..., H, keys, 1)
+        return (scores.masked_fill(~mask.transpose(-2, -1), -math.inf).softmax(-2) * v).sum(-2, keepdim=True)
     if torch.is_tensor(mask):                                                    # a boolean mask: generation
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     if isinstance(mask, list):                                                   # pieces of a packed batch
@@ -400,22 +404,18 @@ class GPT(nn.Module):
         rng = torch.Generator().manual_seed(seed)
         caches = [Cache(B, limit, self.config, self.wte.weight) for _ in self.blocks]
 
-        # prompts padded on the right: padding is never visible, and its cache slots are written over in time
-        tokens = torch.tensor([list(p) + [0] * (longest - len(p)) for p in prompts], device=device)   # (B, t)
-        positions = torch.arange(longest, device=device).expand(B, -1)                                # (B, t)
-        last = torch.tensor([len(p) - 1 for p in prompts], device=device)   # where each row predicts from
-        ends = last                                                         # where its newest token stands
+        # the prompts, packed like a training batch, each with a response of one token that is not there yet:
+        # its slot in the cache is written over by the token drawn
+        batch = pack([(p, [[0]]) for p in prompts]).to(device)
+        Cache.place(caches, batch.pair, batch.positions)
+        x = GPT.hidden(self, batch.tokens, batch.positions, pieces_mask(batch), caches)             # (T, d)
+        x = x[batch.scored]                                                 # (B, d), each prompt's last token
+        ends = torch.tensor([len(p) - 1 for p in prompts], device=device)   # where each row's newest token is
         rows = torch.arange(B, device=device)                               # which prompt a row answers
         going = torch.ones(B, dtype=torch.bool, device=device)
         responses = [[] for _ in prompts]
         for _ in range(max_new_tokens):
-            keys = int(ends.max()) + 1 if len(tokens[0]) == 1 else longest
-            seen = torch.arange(keys, device=device) <= positions[:, :, None]       # (B, t, keys)
-            for cache in caches:
-                cache.positions, cache.keys = positions, keys
-            x = self.hidden(tokens, positions, seen[:, None], caches)
-            x = x[torch.arange(len(rows), device=device), last]                     # (B, d)
-            logits = F.linear(x, self.wte.weight).float()                           # (B, V)
+            logits = (self.wte.weight @ x.t()).t().float()   # (B, V); this way round a CPU reads it faster
             uniform = torch.rand(B, generator=rng).to(device)[rows]
             next_token = draw(logits, temperature, top_k, top_p, uniform)           # (B,)
             for row, token, live in zip(rows.tolist(), next_token.tolist(), going.tolist()):
@@ -430,7 +430,10 @@ class GPT(nn.Module):
                 for cache in caches:
                     cache.k, cache.v = cache.k[going], cache.v[going]
                 going = going[going]
-            tokens, positions, last = next_token[:, None], ends[:, None], torch.zeros_like(rows)
+            keys = int(ends.max()) + 1
+            Cache.place(caches, torch.arange(len(rows), device=device), ends, keys)
+            seen = torch.arange(keys, device=device) <= ends[:, None]               # (B, keys)
+            x = GPT.hidden(self, next_token[:, None], ends[:, None], seen[:, None, None], caches)[:, 0]
         return responses
 
 
@@ -438,15 +441,22 @@ class Cache:
     """One layer's keys and values of B sequences: what generation has seen so far."""
 
     def __init__(self, B, limit, config, like):
-        shape = (B, limit, config.n_head, config.n_embd // config.n_head)
-        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)   # (B, limit, H, D)
-        self.positions = self.keys = None   # (B, t): where the next t tokens stand; slots in use by then
+        shape = (B, config.n_head, limit, config.n_embd // config.n_head)
+        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)   # (B, H, limit, D)
 
-    def append(self, k, v):                                             # each (B, H, t, D) -> (B, H, keys, D)
-        rows = torch.arange(k.size(0), device=k.device)[:, None]
-        self.k[rows, self.positions] = k.transpose(1, 2)
-        self.v[rows, self.positions] = v.transpose(1, 2)
-        return self.k[:, :self.keys].transpose(1, 2), self.v[:, :self.keys].transpose(1, 2)
+    @staticmethod
+    def place(caches, rows, positions, keys=None):
+        """Say where the next tokens go, (n,) each, and how many slots are in use by then."""
+        for cache in caches:
+            cache.rows, cache.positions, cache.keys = rows, positions, keys
+
+    def append(self, k, v):
+        """Keep the new keys and values -> those to attend to. Packed prompts, (H, T, D), see only themselves;
+        a token to each row, (B, H, 1, D), sees its row: (B, H, keys, D)."""
+        packed = k.dim() == 3
+        for kept, new in ((self.k, k), (self.v, v)):
+            kept[self.rows, :, self.positions] = new.transpose(0, 1) if packed else new[:, :, 0]
+        return (k, v) if packed else (self.k[:, :, :self.keys], self.v[:, :, :self.keys])
 
 
 def draw(logits, temperature, top_k, top_p, uniform):
