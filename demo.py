@@ -3,7 +3,12 @@ The built-in world: a small language whose right answer is known.
 
     python train.py config/dpo_demo.py   # the language, a base model, pairs, DPO, and this file's table
     python demo.py frontier              # every objective, several seeds, on the plane of reward and KL
+    python demo.py frontier --only="dpo beta=1" --seeds=1      # one point of it
     python demo.py pairs                 # how close DPO comes with 1,000 to 30,000 pairs
+    python demo.py betas                 # DPO from a weak to a strong KL constraint
+    python demo.py sft                   # DPO against SFT on the chosen responses, step by step
+    python demo.py rounds                # as many pairs in one, two and three on-policy rounds
+    python demo.py imdb FOLDER           # the same with real film reviews (or the hub: stanfordnlp/imdb)
 
 The language: one-line film reviews, drawn from a grammar. A prompt names who reviews what, and that decides
 how kind the review tends to be. The gold reward of a review: words of praise minus words of blame.
@@ -14,22 +19,32 @@ A byte-level GPT learns the language (SFT) and is the reference. Pairs are sampl
 the Bradley-Terry model on the gold reward. As the reward is known, so is the optimum of DPO's objective,
 pi*(y|x) = pi_ref(y|x) exp(r(x,y)/beta) / Z(x): samples of the reference, weighted by exp(r/beta), give the
 highest expected reward that any policy can have at each KL from the reference: the frontier.
+
+The real reviews' gold reward is a classifier's log-odds that a text is positive, fitted on the labelled ones;
+the rest is the same. An experiment keeps a line per run in its folder's results.jsonl, and goes on after it.
 """
 import contextlib
 import dataclasses
+import glob
 import json
 import math
+import multiprocessing
 import os
 import re
 import sys
 import time
+import zlib
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Callable
 
 import numpy as np
 import torch
 
+import reward
 import train
 from model import GPT, pack
-from prepare import InputError, get_tokenizer
+from prepare import InputError, first_line, get_tokenizer, parse, read_source
 
 PRAISE = ('great', 'superb', 'lovely', 'clever', 'moving', 'funny')
 BLAME = ('dull', 'weak', 'clumsy', 'awful', 'flat', 'boring')
@@ -69,10 +84,17 @@ def draw_review(rng, kindness):
 def write_once(path, records):
     """Records to a .jsonl file, whole or not at all, unless it is there. -> the path"""
     if not os.path.exists(path):
-        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-        with open(f'{path}.{os.getpid()}', 'w') as f:
-            f.writelines(json.dumps(r) + '\n' for r in records())
-        os.replace(f'{path}.{os.getpid()}', path)
+        part = f'{path}.{os.getpid()}'
+        try:
+            os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+            with open(part, 'w') as f:
+                f.writelines(json.dumps(r) + '\n' for r in records())
+            os.replace(part, path)
+        except OSError as e:
+            raise InputError(f'{path}: cannot be written ({first_line(e)})')
+        finally:
+            with contextlib.suppress(OSError):
+                os.remove(part)
     return path
 
 
@@ -89,33 +111,57 @@ def draw_prompts(n, seed):
     return [draw_prompt(rng)[0] for _ in range(n)]
 
 
-def sample(model, prompts, seed, rows=1024):
-    """One review, as token ids, to each prompt, from a byte-level model."""
-    encode, out = get_tokenizer('byte').encode_ordinary, []
+# ----------------------------------------------------------------------------------------------------------
+# A world: what an experiment needs to know of a language
+
+
+@dataclass(frozen=True)
+class World:
+    tokenizer: str
+    draw_prompts: Callable   # (n, seed) -> n texts
+    reward: Callable         # (prompts, responses), as many texts of each -> their gold rewards, an array
+    max_new_tokens: int
+
+
+def gold_rewards(prompts, responses):
+    return np.array([gold_reward(r) for r in responses])
+
+
+FILMS = World('byte', draw_prompts, gold_rewards, 80)
+
+
+def sample(model, prompts, seed, world=FILMS, rows=1024):
+    """One response, as token ids, to each prompt."""
+    encode, out = get_tokenizer(world.tokenizer).encode_ordinary, []
     for i in range(0, len(prompts), rows):
-        out += model.generate([encode(p) for p in prompts[i:i + rows]], max_new_tokens=80, seed=seed + i)
+        out += model.generate([encode(p) for p in prompts[i:i + rows]], world.max_new_tokens, seed=seed + i)
     return out
 
 
-def text_of(tokens):
-    """Token ids of a review -> (its text, whether it came to its end)."""
-    ended = tokens[-1] == get_tokenizer('byte').eot_token
-    return get_tokenizer('byte').decode(tokens[:-1] if ended else tokens), ended
+def text_of(tokens, world=FILMS):
+    """Token ids of a response -> (its text, whether it came to its end)."""
+    tokenizer = get_tokenizer(world.tokenizer)
+    ended = tokens[-1] == tokenizer.eot_token
+    return tokenizer.decode(tokens[:-1] if ended else tokens), ended
 
 
-def draw_pairs(model, n, seed=1):
-    """n pairs of the model's own reviews, labelled by Bradley-Terry: P(a beats b) = sigma(r(a) - r(b))."""
+def draw_pairs(model, n, seed=1, world=FILMS):
+    """n pairs of the model's own responses, labelled by Bradley-Terry: P(a beats b) = sigma(r(a) - r(b))."""
     rng = np.random.default_rng(seed)
     while n > 0:
-        prompts = draw_prompts(min(n, 4096), seed=rng.integers(2**31))
-        reviews = [text_of(t) for t in sample(model, prompts * 2, seed=int(rng.integers(2**31)))]
-        for prompt, (a, a_ended), (b, b_ended) in zip(prompts, reviews, reviews[len(prompts):]):
-            if a == b or not (a_ended and b_ended and a.strip() and b.strip()):
-                continue    # no comparison, or a review without an end: drawn again
-            if rng.random() >= 1 / (1 + math.exp(gold_reward(b) - gold_reward(a))):
-                a, b = b, a
-            yield dict(prompt=prompt, chosen=a, rejected=b)
+        prompts = world.draw_prompts(min(n, 4096), seed=rng.integers(2**31))
+        drawn = sample(model, prompts * 2, seed=int(rng.integers(2**31)), world=world)
+        texts, ended = zip(*[text_of(t, world) for t in drawn])
+        rewards = world.reward(prompts * 2, texts)
+        for i, prompt in enumerate(prompts):
+            j = i + len(prompts)
+            if texts[i] == texts[j] or not all(ended[k] and texts[k].strip() for k in (i, j)):
+                continue    # no comparison, or a response without an end: drawn again
+            w, l = (i, j) if rng.random() < 1 / (1 + math.exp(rewards[j] - rewards[i])) else (j, i)
+            yield dict(prompt=prompt, chosen=texts[w], rejected=texts[l])
             n -= 1
+            if n == 0:
+                return
 
 
 def pairs_file(cfg, pairs=6000, texts=20000, seed=1):
@@ -124,11 +170,15 @@ def pairs_file(cfg, pairs=6000, texts=20000, seed=1):
         raise InputError(f"tokenizer: {cfg.tokenizer!r}, and the demo's is 'byte'; see config/dpo_demo.py")
     if cfg.loss == 'sft':
         return write_once(os.path.join(cfg.data_dir, f'demo-texts-{texts}.jsonl'), lambda: draw_texts(texts))
-    model = GPT.from_pretrained(cfg.init_from)
-    path = os.path.join(cfg.data_dir, f'demo-pairs-{pairs}-{seed}-{train.fingerprint(model)[:8]}.jsonl')
+    return sampled_pairs(GPT.from_pretrained(cfg.init_from), cfg, pairs, seed, FILMS, 'demo')
+
+
+def sampled_pairs(model, cfg, pairs, seed, world, name):
+    """A .jsonl file of the model's own pairs, made where there is none."""
+    path = os.path.join(cfg.data_dir, f'{name}-pairs-{pairs}-{seed}-{train.fingerprint(model)[:8]}.jsonl')
     if not os.path.exists(path):
         print(f'sampling {pairs:,} pairs of reviews from {cfg.init_from}, labelled by Bradley-Terry')
-    return write_once(path, lambda: draw_pairs(model, pairs, seed))
+    return write_once(path, lambda: draw_pairs(model, pairs, seed, world))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -159,14 +209,16 @@ def frontier_at(rewards, kl):
     return reward, math.exp(high), size
 
 
-def rewards_of(reviews, prompts):
-    return np.array([gold_reward(text_of(t)[0]) for t in reviews]).reshape(len(prompts), -1)
+def rewards_of(responses, prompts, world):
+    """Gold rewards of as many responses to each prompt: (prompts, samples)."""
+    repeated = [p for p in prompts for _ in range(len(responses) // len(prompts))]
+    return world.reward(repeated, [text_of(t, world)[0] for t in responses]).reshape(len(prompts), -1)
 
 
-def reference_rewards(reference, prompts=32, samples=512, seed=7):
-    """Gold rewards of the reference's own reviews: (prompts, samples)."""
-    some = draw_prompts(prompts, seed)
-    return rewards_of(sample(reference, [p for p in some for _ in range(samples)], seed), some)
+def reference_rewards(reference, prompts=32, samples=512, seed=7, world=FILMS):
+    """Gold rewards of the reference's own responses: (prompts, samples)."""
+    some = world.draw_prompts(prompts, seed)
+    return rewards_of(sample(reference, [p for p in some for _ in range(samples)], seed, world), some, world)
 
 
 def standard_error(x):
@@ -175,19 +227,19 @@ def standard_error(x):
 
 
 @torch.no_grad()
-def place(policy, reference, rewards, device, samples=128, seed=7):
+def place(policy, reference, rewards, device, samples=128, seed=7, world=FILMS):
     """Where a policy lies beside the frontier of `rewards` (reference_rewards) -> a dictionary of figures.
 
-    KL(pi||pi_ref), of whole reviews, is the mean of log pi/pi_ref over reviews that the policy wrote.
+    KL(pi||pi_ref), of whole responses, is the mean of log pi/pi_ref over responses that the policy wrote.
     """
-    prompts = draw_prompts(len(rewards), seed)
+    prompts = world.draw_prompts(len(rewards), seed)
     repeated = [p for p in prompts for _ in range(samples)]
-    reviews = sample(policy, repeated, seed + 1)
-    ours = rewards_of(reviews, prompts)
-    encode, ratio = get_tokenizer('byte').encode_ordinary, []
-    for i in range(0, len(reviews), 256):
-        batch = pack([(encode(p), [t]) for p, t in zip(repeated[i:i + 256], reviews[i:i + 256])]).to(device)
-        logps = [batch.sum_by_response(m.token_logps(batch)) for m in (policy, reference)]
+    responses = sample(policy, repeated, seed + 1, world)
+    ours = rewards_of(responses, prompts, world)
+    encode, ratio = get_tokenizer(world.tokenizer).encode_ordinary, []
+    for i in range(0, len(responses), 256):
+        batch = pack([(encode(p), [t]) for p, t in zip(repeated[i:i + 256], responses[i:i + 256])]).to(device)
+        logps = [m.score_responses(batch) for m in (policy, reference)]
         ratio.append((logps[0] - logps[1])[:, 0].double().cpu().numpy())
     ratio = np.concatenate(ratio).reshape(len(prompts), -1)
     before, after, kl = float(rewards.mean()), float(ours.mean()), float(ratio.mean())
@@ -198,10 +250,11 @@ def place(policy, reference, rewards, device, samples=128, seed=7):
                 share=(after - before) / (best - before) if best > before else math.nan)
 
 
-def report(policy, cfg):
+def report(policy, cfg, world=FILMS, rewards=None):
     """Print where the policy lies, and both models' reviews of three films, from the same random numbers."""
-    reference = GPT.from_pretrained(cfg.init_from).to(cfg.device)
-    f = place(policy, reference, reference_rewards(reference), cfg.device)
+    reference = GPT.from_pretrained(cfg.reference_from or cfg.init_from).to(cfg.device)
+    rewards = reference_rewards(reference) if rewards is None else rewards
+    f = place(policy, reference, rewards, cfg.device, world=world)
     print(f"""
 mean gold reward of the reference      {f['before']:+.3f} +- {f['before_error']:.3f}
                  of the policy         {f['reward']:+.3f} +- {f['reward_error']:.3f}
@@ -210,92 +263,313 @@ the optimum's reward at that KL        {f['optimum']:+.3f}   pi_ref exp(r/{f['op
 {f['effective_samples']:.0f} effective samples a prompt
 share of the optimum's gain reached    {100 * f['share']:.1f}%
 """)
-    prompts = draw_prompts(3, seed=11)
-    reviews = [sample(m, prompts, seed=3) for m in (reference, policy)]
-    for prompt, *both in zip(prompts, *reviews):
+    prompts = world.draw_prompts(3, seed=11)
+    responses = [sample(m, prompts, 3, world) for m in (reference, policy)]
+    for prompt, *both in zip(prompts, *responses):
         print(prompt)
-        for name, (text, _) in zip(('reference', 'policy'), map(text_of, both)):
-            print(f'    {name:10}{gold_reward(text):+.0f} {text}')
+        for name, tokens in zip(('reference', 'policy'), both):
+            text, _ = text_of(tokens, world)
+            print(f'    {name:10}{world.reward([prompt], [text])[0]:+.1f} {text}')
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Experiments: many short runs, each placed beside the frontier. A line a run goes to OUT/results.jsonl, so an
-# experiment that was interrupted goes on where it stopped; plot.py draws it.
+# Experiments: many short runs, each placed beside the frontier, as many at a time as there are cores
 
 FRONTIER = [('dpo', dict(beta=beta)) for beta in (0.3, 0.5, 1.0, 2.0, 4.0)]
-FRONTIER += [('simpo', dict(beta=beta, gamma=gamma)) for beta, gamma in ((2.0, 0.5), (2.0, 2.0), (5.0, 2.0))]
+FRONTIER += [('simpo', dict(beta=beta, gamma=gamma, learning_rate=1e-5))
+             for beta, gamma in ((2.0, 0.5), (2.0, 1.5), (5.0, 0.5), (10.0, 0.5))]
 FRONTIER += [('sft', {}), ('robust_dpo', dict(beta=1.0, label_smoothing=0.1)), ('ipo', dict(beta=0.3)),
-             ('rdpo', dict(beta=1.0, alpha=0.02)), ('kto', dict(beta=1.0)), ('plackett_luce', dict(beta=1.0)),
-             ('cpo', dict(beta=0.3, sft_weight=0.1)), ('orpo', dict(beta=1.0)),
-             ('slic', dict(delta=2.0, sft_weight=0.1)), ('rrhf', dict(sft_weight=0.1))]
+             ('rdpo', dict(beta=1.0, alpha=0.02)), ('kto', dict(beta=1.0)),
+             ('dpo', dict(beta=1.0, label_smoothing=0.1)), ('orpo', dict(beta=1.0, learning_rate=1e-5)),
+             ('cpo', dict(beta=0.3, sft_weight=0.1, learning_rate=1e-5)),
+             ('slic', dict(delta=2.0, sft_weight=0.1, learning_rate=1e-5)),
+             ('rrhf', dict(sft_weight=0.1, learning_rate=1e-5))]
 
 
-def run(name, loss, options, out, base, rewards, pairs=6000, seed=0):
-    """Train one policy and place it -> its line of results, read back where this run was done before."""
+def title(loss, options):
+    return ' '.join([loss, *(f'{k}={v:g}' for k, v in options.items() if k != 'learning_rate')])
+
+
+def read_results(out):
     path = os.path.join(out, 'results.jsonl')
-    done = [json.loads(line) for line in open(path)] if os.path.exists(path) else []
-    for line in done:
-        if (line['name'], line['seed']) == (name, seed):
-            return line
-    started = time.perf_counter()
-    cfg = dataclasses.replace(base, out_dir=os.path.join(out, 'run'), loss=loss, seed=seed,
-                              **dict(beta=None) | options)
-    cfg.given = {'loss', *options}
+    return [json.loads(line) for line in open(path)] if os.path.exists(path) else []
+
+
+def point(job, out, base, rewards, samples, world=FILMS):
+    """Train one policy, as the job says, and place it -> its line of results, which is also kept in `out`."""
+    started, folder = time.perf_counter(), os.path.join(out, f'run-{os.getpid()}')
+    cfg = dataclasses.replace(base, out_dir=folder, **{k: job[k] for k in ('loss', 'seed', 'dataset')},
+                              **dict(beta=None) | job['options'])
+    cfg.given = {'loss', *job['options']} - {'max_iters'}
     train.check_config(cfg)
-    cfg.dataset = pairs_file(dataclasses.replace(cfg, loss='dpo'), pairs, seed=seed + 1)
-    with open(os.path.join(out, 'log.txt'), 'a') as log, contextlib.redirect_stdout(log):
-        train.train(cfg)
-    policy, reference = (GPT.from_pretrained(m).to(cfg.device) for m in (cfg.out_dir, cfg.init_from))
-    line = dict(name=name, loss=loss, options=options, pairs=pairs, seed=seed,
-                **place(policy, reference, rewards, cfg.device), seconds=time.perf_counter() - started)
-    with open(path, 'a') as f:
+    with open(os.path.join(out, f'log-{os.getpid()}.txt'), 'a') as log, contextlib.redirect_stdout(log):
+        (reward.train_rounds if cfg.rounds else train.train)(cfg)
+    policy = os.path.join(folder, f'round-{cfg.rounds}') if cfg.rounds else folder
+    policy, reference = (GPT.from_pretrained(m).to(cfg.device) for m in (policy, cfg.init_from))
+    line = dict(job, **place(policy, reference, rewards, cfg.device, samples=samples, world=world),
+                seconds=time.perf_counter() - started)
+    with open(os.path.join(out, 'results.jsonl'), 'a') as f:
         f.write(json.dumps(line) + '\n')
-    print(f'{name:32} seed {seed}  reward {line["reward"]:+.3f} +- {line["reward_error"]:.3f}  '
-          f'KL {line["kl"]:6.3f} +- {line["kl_error"]:.3f}  share {100 * line["share"]:5.1f}%  '
-          f'{line["seconds"]:4.0f} s', flush=True)
+    print('{name:32} seed {seed}  reward {reward:+.3f} +- {reward_error:.3f}  KL {kl:6.3f} +- {kl_error:.3f}'
+          '  share {share:6.1%}  {seconds:4.0f} s'.format(**line), flush=True)
     return line
 
 
-def start(out):
-    """-> (the config that all runs share, the reference's rewards); trains the base model if need be."""
+@dataclass
+class Options:
+    out: str = ''        # the experiment's folder; empty: out/ and its name
+    seeds: int = 2       # runs of each setting
+    pairs: int = 0       # per run; 0: the experiment's own number
+    only: str = ''       # settings whose name has this in it, like "dpo beta=1"
+    max_iters: int = 0   # steps of a run; 0: one epoch
+    samples: int = 128   # responses of a policy to each of 32 prompts
+    base: str = ''       # imdb: a model to start from, like gpt2; empty: a small one from scratch
+
+
+def make_pairs(cfg, n, seed):
+    """The file of n pairs of a seed, for DPO, made where there is none (in a process of the pool, often)."""
+    return pairs_file(cfg, n, seed=seed + 1)
+
+
+def experiment(name, settings, o):
+    """Run `settings`, [(name, loss, options, pairs), ...], each with o.seeds seeds, and keep a line of
+    results of each in the experiment's folder -> the folder. What has its line there is not run again.
+
+    As many processes as there are cores, of one thread each: these models are too small for two.
+    """
+    out = o.out or os.path.join('out', name)
     base = train.load_config(['config/dpo_demo.py', '--overwrite=True', '--eval_interval=1000000'])
     train.settle_machine(base)
-    reference = train.load_policy(base)
+    reference = train.load_policy(base)             # trained first, where it is not there
     os.makedirs(out, exist_ok=True)
     rewards = reference_rewards(reference)
+    keep_frontier(out, rewards)
+    done = {(line['name'], line['seed']) for line in read_results(out)}
+    jobs = [dict(name=name, loss=loss, options=dict(options, max_iters=o.max_iters), pairs=n, seed=seed)
+            for seed in range(o.seeds) for name, loss, options, n in settings
+            if o.only in name and (name, seed) not in done]
+    if not jobs:
+        return out
+    if len(jobs) == 1:
+        job = jobs[0]
+        job['dataset'] = 'demo' if 'rounds' in job['options'] else make_pairs(base, job['pairs'], job['seed'])
+        point(job, out, base, rewards, o.samples)
+        return out
+    workers = 1 if base.device == 'cuda' else min(len(jobs), os.cpu_count())
+    spawn = multiprocessing.get_context('spawn')
+    with ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (1,)) as pool:
+        needed = sorted({(job['pairs'], job['seed']) for job in jobs if 'rounds' not in job['options']})
+        made = [pool.submit(make_pairs, base, *one) for one in needed]
+        files = {one: path.result() for one, path in zip(needed, made)}
+        for job in jobs:
+            job['dataset'] = files.get((job['pairs'], job['seed']), 'demo')
+        for found in [pool.submit(point, job, out, base, rewards, o.samples) for job in jobs]:
+            found.result()
+    return out
+
+
+def keep_frontier(out, rewards):
+    """The curve of the optima, for plot.py."""
     curve = [dict(zip(('reward', 'kl', 'effective_samples'), map(float, tilted(rewards, beta))), beta=beta)
              for beta in np.geomspace(0.3, 30, 40)]
     with open(os.path.join(out, 'frontier.json'), 'w') as f:
         json.dump(curve, f)
-    return base, rewards
 
 
-def frontier(out='out/frontier', seeds=2):
+def frontier(o):
     """Every objective on the plane of gold reward and KL, beside the frontier."""
-    base, rewards = start(out)
-    for seed in range(seeds):
-        for loss, options in FRONTIER:
-            name = ' '.join([loss, *(f'{k}={v:g}' for k, v in options.items())])
-            run(name, loss, options, out, base, rewards, seed=seed)
     import plot
+    n = o.pairs or 6000
+    plot.frontier(experiment('frontier', [(title(*s), *s, n) for s in FRONTIER], o))
+
+
+def betas(o):
+    """DPO's sweep over beta: the reward, the KL and the share of the optimum's gain that each comes to."""
+    import plot
+    n = o.pairs or 6000
+    settings = [('dpo', dict(beta=beta)) for beta in (0.2, 0.3, 0.5, 1.0, 2.0, 4.0, 8.0)]
+    plot.betas(experiment('betas', [(title(*s), *s, n) for s in settings], o))
+
+
+def pairs(o):
+    """DPO at beta = 1 with more and more pairs: how much of the optimum's gain it reaches."""
+    import plot
+    n = o.pairs or 30000
+    sizes = [n // 30, n // 10, n // 3, n]
+    plot.pairs(experiment('pairs', [(f'{size} pairs', 'dpo', dict(beta=1.0), size) for size in sizes], o))
+
+
+def rounds(o):
+    """As many pairs in one on-policy round or more. The labels are drawn, as everywhere here, by chance."""
+    import plot
+    n, options = o.pairs or 6000, dict(beta=1.0, judge='gold', labels='sample')
+    plot.frontier(experiment('rounds', [
+        (f'{k} rounds of {n // k} pairs', 'dpo', options | dict(rounds=k, round_pairs=n // k), n)
+        for k in (1, 2, 3)], o))
+
+
+def sft(o):
+    """DPO and SFT on the same pairs, step by step: what each does to chosen, rejected, KL and length."""
+    import plot
+    out = o.out or 'out/sft'
+    base = train.load_config(['config/dpo_demo.py', '--overwrite=True', '--eval_interval=20',
+                              '--eval_samples=64', f'--max_iters={o.max_iters}'])
+    train.settle_machine(base)
+    rewards = reference_rewards(train.load_policy(base))
+    base.dataset = make_pairs(base, o.pairs or 6000, 0)
+    folders = [os.path.join(out, loss) for loss in ('dpo', 'sft')]
+    for folder, loss, beta in zip(folders, ('dpo', 'sft'), (1.0, None)):
+        cfg = dataclasses.replace(base, out_dir=folder, loss=loss, beta=beta)
+        cfg.given = {'loss'}
+        train.train(cfg)
+        report(GPT.from_pretrained(folder).to(cfg.device), cfg, rewards=rewards)
+    print(f'-> {plot.curves(folders, os.path.join(out, "curves.png"))}')
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Real film reviews: IMDb (Maas et al. 2011), as in the DPO paper's controlled sentiment experiment
+
+
+def read_imdb(source, kind):
+    """The reviews of kind 'train', 'test' or 'unsup' -> (texts, labels: 1 positive, 0 negative, -1 unknown).
+    `source` is a folder of files like train_pos.jsonl.gz, or a data set of the hub."""
+    pattern = 'train_unsup.jsonl*' if kind == 'unsup' else f'{kind}_[np]*.jsonl*'
+    files = sorted(glob.glob(os.path.join(glob.escape(source), pattern)))
+    if not files and os.path.isdir(source):
+        raise InputError(f'{source}: no {pattern} in it')
+    names = {'pos': 1, 'neg': 0, 1: 1, 0: 0}
+    split = '' if files else kind.replace('unsup', 'unsupervised')
+    texts, labels = [], []
+    for file in files or [source]:
+        for where, raw in read_source(file, split):
+            record = parse(raw)
+            if not isinstance(record, dict) or not isinstance(record.get('text'), str):
+                raise InputError(f"{where}: no 'text'")
+            texts.append(re.sub(r'(<br\s*/?>|\s)+', ' ', record['text']).strip())
+            labels.append(names.get(record.get('label'), -1))
+            if labels[-1] < 0 and kind != 'unsup':
+                raise InputError(f"{where}: 'label' is {record.get('label')!r}, not pos, neg, 1 or 0")
+    return texts, np.array(labels)
+
+
+def openings(texts, tokenizer, seed, longest=200):
+    """[(prompt, rest), ...]: reviews' first sentences, up to `longest` characters, cut after 2 to 8 tokens"""
+    rng, found = np.random.default_rng(seed), []
+    for text in texts:
+        opening = ''
+        for sentence in re.split(r'(?<=[.!?])\s+', text):
+            if len(opening) + len(sentence) >= longest:
+                break
+            opening += ' ' * bool(opening) + sentence
+        ids, cut = tokenizer.encode_ordinary(opening), int(rng.integers(2, 9))
+        prompt, rest = tokenizer.decode(ids[:cut]), tokenizer.decode(ids[cut:])
+        if len(ids) > cut + 2 and prompt + rest == opening and rest.strip():    # not within a character
+            found.append((prompt, rest))
+    return found
+
+
+def features(text, buckets=2**18):
+    """Which words and pairs of neighbours a text has, as numbers below `buckets`."""
+    words = re.findall(r"[a-z']+|[!?]", text.lower())
+    words += [' '.join(two) for two in zip(words, words[1:])]
+    return sorted({zlib.crc32(w.encode()) % buckets for w in words})
+
+
+def bags(texts):
+    found = [features(t) for t in texts]
+    starts = np.cumsum([0] + list(map(len, found)))[:-1]
+    return torch.tensor([f for some in found for f in some]), torch.from_numpy(starts)
+
+
+def fit_classifier(texts, labels, epochs=4, buckets=2**18):
+    """Logistic regression on `features` -> a function from texts to log-odds that they are positive."""
+    torch.manual_seed(0)
+    weights, bias = torch.nn.EmbeddingBag(buckets, 1, mode='sum'), torch.nn.Parameter(torch.zeros(1))
+    torch.nn.init.zeros_(weights.weight)
+    optimizer = torch.optim.AdamW([*weights.parameters(), bias], lr=3e-3, weight_decay=1e-2)
+    order = np.array_split(np.random.default_rng(0).permutation(len(texts)), max(1, len(texts) // 128))
+    batches = [(*bags([texts[i] for i in some]), torch.from_numpy(labels[some]).float()) for some in order]
+    for _ in range(epochs):
+        for indices, starts, y in batches:
+            logits = weights(indices, starts)[:, 0] + bias
+            torch.nn.functional.binary_cross_entropy_with_logits(logits, y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    @torch.no_grad()
+    def log_odds(texts):
+        return (weights(*bags(texts))[:, 0] + bias).double().numpy()
+    return log_odds
+
+
+def imdb(source, o):
+    """The DPO paper's controlled sentiment experiment: real prompts, a base model that has learnt reviews, a
+    classifier for gold reward; DPO at several beta, and SFT on the chosen, by reward and KL, with samples."""
+    import plot
+    out, n_pairs = o.out or 'out/imdb', o.pairs or 10000
+    os.makedirs(out, exist_ok=True)
+    tokenizer = 'gpt2' if o.base else 'gpt2:8192'
+    texts, labels = read_imdb(source, 'train')
+    log_odds = fit_classifier(texts, labels)
+    test_texts, test_labels = read_imdb(source, 'test')
+    right = np.mean((log_odds(test_texts) > 0) == test_labels)
+    print(f'gold reward: the log-odds of a classifier, right for {right:.1%} of {len(test_texts):,} reviews')
+    seen = openings(texts + read_imdb(source, 'unsup')[0], get_tokenizer(tokenizer), seed=1)
+    test = openings(test_texts, get_tokenizer(tokenizer), seed=2)
+
+    def draw_from(texts):
+        return lambda n, seed: [texts[i][0] for i in np.random.default_rng(seed).integers(len(texts), size=n)]
+
+    def gold(prompts, responses):
+        return log_odds([p + r for p, r in zip(prompts, responses)])
+    world = World(tokenizer, draw_from(test), gold, 80)
+
+    # the base model learns the openings; pairs are sampled from it, for prompts that are not the tests'
+    folder = os.path.join(out, 'base')
+    shared = [f'--tokenizer={tokenizer}', '--max_length=96', '--max_prompt_length=32', '--beta2=0.99',
+              '--eval_interval=1000000', f'--data_dir={os.path.join(out, "data")}',
+              f'--max_iters={o.max_iters}']
+    size = [f'--init_from={o.base}', '--learning_rate=5e-5'] if o.base else [
+        '--init_from=scratch', '--n_layer=4', '--n_head=4', '--n_embd=192', '--block_size=96',
+        '--learning_rate=3e-3']
+    base = train.load_config([*shared, *size, '--loss=sft', '--batch_size=64', '--warmup_iters=50',
+                              '--val_fraction=0.01', f'--out_dir={folder}'])
+    base.dataset = write_once(os.path.join(out, f'openings-{tokenizer}.jsonl'), lambda: (
+        dict(prompt=p, chosen=r) for p, r in seen))
+    base.resume = os.path.exists(os.path.join(folder, 'ckpt.pt'))
+    train.train(base)
+    cfg = train.load_config([*shared, f'--init_from={folder}', '--learning_rate=1e-4', '--batch_size=32',
+                             '--warmup_iters=10', '--val_fraction=0.05', '--overwrite=True'])
+    train.settle_machine(cfg)
+    reference = GPT.from_pretrained(folder).to(cfg.device)
+    others = dataclasses.replace(world, draw_prompts=draw_from(seen))
+    dataset = sampled_pairs(reference, cfg, n_pairs, 1, others, 'imdb')
+    rewards = reference_rewards(reference, world=world)
+    keep_frontier(out, rewards)
+    done = {line['name'] for line in read_results(out)}
+    for loss, options in [('dpo', dict(beta=beta)) for beta in (0.5, 1.0, 2.0)] + [('sft', {})]:
+        name = title(loss, options)
+        if o.only in name and name not in done:
+            job = dict(name=name, loss=loss, options=options, seed=0, pairs=n_pairs, dataset=dataset)
+            point(job, out, cfg, rewards, o.samples, world)
+            policy = GPT.from_pretrained(os.path.join(out, f'run-{os.getpid()}')).to(cfg.device)
+            report(policy, cfg, world, rewards)
     plot.frontier(out)
 
 
-def pairs(out='out/pairs', seeds=2, sizes=(1000, 3000, 10000, 30000)):
-    """DPO at beta = 1 with more and more pairs: how much of the optimum's gain it reaches."""
-    base, rewards = start(out)
-    for seed in range(seeds):
-        for size in sizes:
-            run(f'{size} pairs', 'dpo', dict(beta=1.0), out, base, rewards, pairs=size, seed=seed)
-    import plot
-    plot.pairs(out)
+def main(argv):
+    commands = dict(frontier=frontier, pairs=pairs, betas=betas, sft=sft, rounds=rounds, imdb=imdb)
+    sources, argv = [a for a in argv[1:] if a[:2] != '--'], argv[:1] + [a for a in argv[1:] if a[:2] == '--']
+    if argv[0] not in commands or len(sources) != (argv[0] == 'imdb'):
+        raise InputError(f'usage: python demo.py {"|".join(commands)} [--name=value ...]; imdb takes a '
+                         'folder, or stanfordnlp/imdb')
+    o = train.load_config(argv[1:], Options())
+    for name, least in dict(seeds=1, pairs=0, max_iters=0, samples=2).items():
+        if getattr(o, name) < least:
+            raise InputError(f'{name}: {getattr(o, name)} is less than {least}')
+    commands[argv[0]](*sources, o)
 
 
 if __name__ == '__main__':
-    commands = dict(frontier=frontier, pairs=pairs)
-    if len(sys.argv) != 2 or sys.argv[1] not in commands:
-        sys.exit('usage: python demo.py ' + ' | '.join(commands))
-    try:
-        commands[sys.argv[1]]()
-    except InputError as e:
-        sys.exit(f'error: {e}')
+    import demo    # by its name, as the others import it
+    train.run(demo.main, __doc__, sys.argv[1:])

@@ -20,6 +20,7 @@ off, sharding over GPUs, and every architecture but GPT-2's.
 
 Shapes: T tokens, N response tokens, B pairs, K responses each, H heads, D = d/H, d embedding, V vocabulary.
 """
+import contextlib
 import json
 import math
 import os
@@ -33,7 +34,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from prepare import InputError, first_line
+from prepare import InputError, first_line, short
 
 # ------------------------------------------------------------------------------------------------------------
 # The packed batch
@@ -55,6 +56,7 @@ class Batch:
     targets: torch.Tensor    # (N,) int64, the response token predicted there
     owner: torch.Tensor      # (N,) int64, pair * K + branch - 1: which response a response token belongs to
     lengths: torch.Tensor    # (B, K) int64, tokens of each response
+    ends: torch.Tensor       # (B, K) int64, where each response's last token is
     starts: list             # first token of each pair, then T: how a CPU cuts the attention into pieces
     mask: object = None      # what `attention` takes; `pieces_mask(batch)` where nothing else was put here
 
@@ -63,7 +65,7 @@ class Batch:
         cuda = torch.device(device).type == 'cuda'
         def move(t):
             return t.pin_memory().to(device, non_blocking=True) if cuda else t.to(device)
-        names = ('tokens', 'positions', 'pair', 'branch', 'scored', 'targets', 'owner', 'lengths')
+        names = ('tokens', 'positions', 'pair', 'branch', 'scored', 'targets', 'owner', 'lengths', 'ends')
         return Batch(**{name: move(getattr(self, name)) for name in names}, starts=self.starts)
 
     def sum_by_response(self, logps):
@@ -111,6 +113,7 @@ def pack(pairs, pad_to=0):
         targets=torch.from_numpy(tokens[response]),
         owner=torch.from_numpy((pair * K + branch - 1)[response]),
         lengths=torch.from_numpy(lengths),
+        ends=torch.from_numpy((begin + size - 1).reshape(-1, 1 + K)[:, 1:].copy()),
         starts=begin[::1 + K].tolist() + [T],
     )
 
@@ -325,10 +328,18 @@ class GPT(nn.Module):
     def token_logps(self, batch):
         """log pi(y_t | x, y_<t) of each response token of a packed batch on the model's device: (N,) float32,
         in the order of `batch.targets`; `batch.owner` says whose each is. Prompt tokens have none."""
+        x = self.packed_hidden(batch)                                               # (T, d)
+        return ChunkedLogps.apply(x[batch.scored], self.wte.weight, batch.targets)  # (N,)
+
+    def packed_hidden(self, batch):
+        """The transformer's output for a packed batch: (T, d)."""
         if batch.mask is None:
             batch.mask = pieces_mask(batch)
-        x = self.hidden(batch.tokens, batch.positions, batch.mask)                  # (T, d)
-        return ChunkedLogps.apply(x[batch.scored], self.wte.weight, batch.targets)  # (N,)
+        return self.hidden(batch.tokens, batch.positions, batch.mask)
+
+    def score_responses(self, batch):
+        """log pi(y|x) of every response of a packed batch: (B, K) float32. (RewardModel's: its reward.)"""
+        return batch.sum_by_response(self.token_logps(batch))
 
     @classmethod
     def from_pretrained(cls, name):
@@ -342,48 +353,58 @@ class GPT(nn.Module):
             checkpoint, names = load_checkpoint(path), lambda name: (name, False)
             settings, tensors = checkpoint['model_config'], checkpoint['model']
         try:
+            config = GPTConfig(**settings)
+            if config.n_layer > len(tensors):        # a billion of them would take as long to make as to miss
+                raise InputError(f'n_layer is {config.n_layer}, and there are {len(tensors)} tensors')
             with torch.device('meta'):               # no memory or time for weights about to be replaced
-                model = cls(GPTConfig(**settings))
-        except (InputError, TypeError) as e:         # TypeError: a setting that GPTConfig does not have
-            raise InputError(f'{path}: {e}')
+                model = cls(config)
+        except (InputError, TypeError, RuntimeError, OverflowError) as e:    # settings that GPTConfig does
+            raise InputError(f'{path}: {" ".join(str(e).split())[:200]}')    # not have; sizes beyond 64 bits
         state = {}
         for ours, p in model.named_parameters():
             theirs, transposed = names(ours)
             t, shape = tensors.pop(theirs, None), tuple(p.shape[::-1] if transposed else p.shape)
-            if not torch.is_tensor(t):
+            if not torch.is_tensor(t) or not t.is_floating_point() or t.layout != torch.strided or t.is_meta:
                 raise InputError(f'{path}: no tensor {theirs}')
             if tuple(t.shape) != shape:
                 raise InputError(f'{path}: tensor {theirs} has shape {tuple(t.shape)}, expected {shape}')
             state[ours] = (t.t() if transposed else t).to(torch.float32, copy=True).contiguous()
         if tensors:
-            raise InputError(f'{path}: tensor {min(tensors)} is not one of GPT-2\'s')
+            surplus = ' '.join(min(map(str, tensors)).split())[:200]
+            raise InputError(f'{path}: tensor {surplus} is not one of GPT-2\'s')
         model.load_state_dict(state, assign=True)
         return model
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors into `folder`: what transformers.GPT2LMHeadModel loads."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
         c, end = self.config, self.config.eos_token_id if self.config.eos_token_id >= 0 else None
-        try:
-            os.makedirs(folder, exist_ok=True)
-        except OSError as e:
-            raise InputError(f'{folder}: cannot be made ({e.strerror})')
         tensors = {}
         for name, p in self.state_dict().items():
             their, transposed = their_name(name)
             p = (p.t() if transposed else p).detach()
             tensors['transformer.' + their] = p.to('cpu', torch.float32).contiguous()
-        save_file(tensors, os.path.join(folder, 'model.safetensors.tmp'), metadata={'format': 'pt'})
-        with open(os.path.join(folder, 'config.json.tmp'), 'w', encoding='utf-8') as f:
-            json.dump(dict(architectures=['GPT2LMHeadModel'], resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-                           model_type='gpt2', activation_function='gelu_new', n_positions=c.block_size,
-                           n_ctx=c.block_size, vocab_size=c.vocab_size, n_embd=c.n_embd,
-                           n_layer=c.n_layer, n_head=c.n_head, layer_norm_epsilon=1e-5,
-                           initializer_range=0.02, bos_token_id=end, eos_token_id=end,
-                           tie_word_embeddings=True, torch_dtype='float32'),
-                      f, indent=2)
-        for name in ('model.safetensors', 'config.json'):    # whole files only, even where this is cut short
-            os.replace(os.path.join(folder, name + '.tmp'), os.path.join(folder, name))
+        settings = dict(architectures=['GPT2LMHeadModel'], resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+                        model_type='gpt2', activation_function='gelu_new', n_positions=c.block_size,
+                        n_ctx=c.block_size, vocab_size=c.vocab_size, n_embd=c.n_embd,
+                        n_layer=c.n_layer, n_head=c.n_head, layer_norm_epsilon=1e-5,
+                        initializer_range=0.02, bos_token_id=end, eos_token_id=end,
+                        tie_word_embeddings=True, torch_dtype='float32')
+        paths = [os.path.join(folder, name) for name in ('model.safetensors', 'config.json')]
+        try:
+            os.makedirs(folder, exist_ok=True)
+            save_file(tensors, paths[0] + '.tmp', metadata={'format': 'pt'})
+            with open(paths[1] + '.tmp', 'w', encoding='utf-8') as f:
+                json.dump(settings, f, indent=2)
+            for path in paths:                               # whole files only, even where this is cut short
+                os.replace(path + '.tmp', path)
+        except (OSError, SafetensorError) as e:
+            raise InputError(f'{folder}: cannot be written ({first_line(e)})')
+        finally:
+            for path in paths:
+                with contextlib.suppress(OSError):
+                    os.remove(path + '.tmp')
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=0):
@@ -510,7 +531,7 @@ def load_file(path):
         raise InputError(f'{path}: no such file')
     except Exception as e:    # each format has errors of its own for a file cut short, or of another kind
         raise InputError(f'{path}: not a whole model file ({first_line(e)})')
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise InputError(f'{path}: not a model file but a {type(found).__name__}')
     return found
 
@@ -521,7 +542,9 @@ def load_json(path):
             return json.load(f)
     except FileNotFoundError:
         raise InputError(f'{path}: no such file')
-    except ValueError as e:
+    except OSError as e:
+        raise InputError(f'{path}: cannot be read ({e.strerror})')
+    except (ValueError, RecursionError) as e:
         raise InputError(f'{path}: not valid JSON ({e})')
 
 
@@ -536,8 +559,9 @@ def load_folder(folder):
     for key, ours in dict(model_type='gpt2', activation_function='gelu_new', layer_norm_epsilon=1e-5,
                           scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
                           add_cross_attention=False, tie_word_embeddings=True, n_inner=None).items():
-        if theirs.get(key, ours) != ours and (key, theirs[key]) != ('n_inner', 4 * theirs['n_embd']):
-            raise InputError(f'{path}: {key} is {theirs[key]!r}, and GPT-2 here has {ours!r}')
+        width = theirs['n_embd'] if isinstance(theirs['n_embd'], int) else 0
+        if theirs.get(key, ours) != ours and (key, theirs[key]) != ('n_inner', 4 * width):
+            raise InputError(f'{path}: {key} is {short(theirs[key])}, and GPT-2 here has {ours!r}')
     settings = {key: theirs[key] for key in needed if key != 'n_positions'}
     eos, vocab = theirs.get('eos_token_id', 50256), settings['vocab_size']
     known = isinstance(eos, int) and isinstance(vocab, int) and eos < vocab
@@ -560,13 +584,20 @@ def load_folder(folder):
     tensors = {name.removeprefix('transformer.'): t for name, t in tensors.items()
                if not name.endswith(('.attn.bias', '.attn.masked_bias'))}      # the causal mask, in old files
     head, wte = tensors.pop('lm_head.weight', None), tensors.get('wte.weight')
-    if torch.is_tensor(head) and torch.is_tensor(wte) and not torch.equal(head, wte):
+    if torch.is_tensor(head) and torch.is_tensor(wte) and not torch.equal(head.to(wte), wte):
         raise InputError(f'{folder}: lm_head.weight differs from wte.weight, and GPT-2 ties them')
     return settings, tensors
 
 
 def load_checkpoint(path):
     """A checkpoint of train.py -> its dictionary: model, model_config, config, step and more."""
+    try:
+        with zipfile.ZipFile(path) as f:                  # torch.load itself does not look at the checksums
+            damaged = f.testzip()
+    except Exception as e:                                # of the many ways in which bytes are no archive
+        damaged = os.path.isfile(path) and first_line(e)
+    if damaged:
+        raise InputError(f'{path}: not a whole model file (damaged: {damaged})')
     checkpoint = load_file(path)
     if not all(isinstance(checkpoint.get(key), dict) for key in ('model', 'model_config', 'config')):
         raise InputError(f'{path}: not a checkpoint of train.py')

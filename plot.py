@@ -15,7 +15,7 @@ from prepare import InputError
 from train import run
 
 CURVES = ('loss', 'rewards/accuracies', 'rewards/margins', 'rewards/chosen', 'rewards/rejected',
-          'logps/chosen', 'logps/rejected', 'grad_norm')
+          'logps/chosen', 'logps/rejected', 'kl', 'length', 'grad_norm')
 
 
 def read_jsonl(path):
@@ -39,7 +39,8 @@ def figure(columns, rows, width=3.4, height=2.6):
 def curves(folders, path='curves.png'):
     """Training (thin) and validation (dots) of each run's log.jsonl, a panel a metric."""
     runs = {folder: read_jsonl(os.path.join(folder, 'log.jsonl'))[1:] for folder in folders}
-    shown = [c for c in CURVES if any(c in line for lines in runs.values() for line in lines)]
+    logged = {key.removeprefix('eval/') for lines in runs.values() for line in lines for key in line}
+    shown = [c for c in CURVES if c in logged]
     fig, axes = figure(4, -(-len(shown) // 4))
     for ax in axes.flat[len(shown):]:
         ax.remove()
@@ -50,7 +51,8 @@ def curves(folders, path='curves.png'):
                 if points:
                     ax.plot(*zip(*points), color=f'C{k}', label=folder if key == name else None, **style)
         ax.set(title=name, xlabel='step')
-    axes.flat[0].legend(fontsize=7)
+    if shown:
+        axes.flat[0].legend(fontsize=7)
     fig.savefig(path, dpi=120)
     return path
 
@@ -72,9 +74,27 @@ def frontier(folder, path=None):
         ax.errorbar(kl, reward, 2 * reward_error, 2 * kl_error, fmt='osD^v<>ph*XP'[k % 12], ms=5, lw=0.8,
                     label=loss, alpha=0.85)
     ax.set(xlabel=r'KL($\pi\,\|\,\pi_{ref}$) of whole reviews, nats', ylabel='expected gold reward',
-           xscale='log', xlim=(0.05, 1.3 * max(r['kl'] for r in lines)))
+           xscale='log', xlim=(0.05, 1.3 * max(0.1, *(r['kl'] for r in lines))))
     ax.legend(fontsize=7, loc='upper left')
     ax.grid(alpha=0.25)
+    fig.savefig(path, dpi=120)
+    print(f'-> {path}')
+
+
+def betas(folder, path=None):
+    """Runs of `demo.py betas`: reward, KL and share of the optimum's gain against beta."""
+    path = path or os.path.join(folder, 'betas.png')
+    lines = read_jsonl(os.path.join(folder, 'results.jsonl'))
+    fig, axes = figure(3, 1)
+    for ax, key, label in zip(axes.flat, ('reward', 'kl', 'share'), (
+            'expected gold reward', r'KL($\pi\,\|\,\pi_{ref}$), nats', "share of the optimum's gain")):
+        x = [line['options']['beta'] for line in lines]
+        ax.plot(x, [line[key] for line in lines], 'o', color='C3', ms=4)
+        if key == 'reward':
+            ax.plot(x, [line['optimum'] for line in lines], 'k_', ms=9, label='the optimum at that KL')
+            ax.legend(fontsize=7)
+        ax.set(xscale='log', xlabel=r'$\beta$', title=label)
+        ax.grid(alpha=0.25)
     fig.savefig(path, dpi=120)
     print(f'-> {path}')
 

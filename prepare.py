@@ -15,7 +15,8 @@ Records, told apart by their keys:
     {"prompt": "...", "responses": ["best", ..., "worst"]}          a ranking of K
     {"prompt": "...", "chosen": "..."}                              no comparison: for loss = 'sft' alone
 
-and with any of them "p", the probability that chosen is better, or "chosen_score" and "rejected_score".
+and with any of them "p", the probability that chosen is better; "chosen_score" and "rejected_score"; or a
+"margin", by how much chosen is the better, for reward models.
 
 Written to data/NAME-KEY/ (KEY: a hash of the settings), each split as tokens end to end and a table of where
 they are, plus meta.json. Nothing is cleaned: a bad record stops the run with its line number (or is left out
@@ -33,17 +34,20 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
+import time
 import zlib
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from reprlib import repr as short    # a message is one line, and a bad value may be megabytes
 from types import SimpleNamespace
 
 import numpy as np
 from tqdm import tqdm
 
-FORMAT = 2              # of the files written; another number means they are not readable here
+FORMAT = 3              # of the files written; another number means they are not readable here
 END = '<|endoftext|>'
 MAX_LINE = 8 * 2**20    # bytes: more than that is not a record but a file of another kind
 CHUNK = 2**20           # bytes of records that one worker takes at a time
@@ -51,6 +55,9 @@ CHUNK = 2**20           # bytes of records that one worker takes at a time
 
 class InputError(ValueError):
     """What a user can mend: a file, a key, a value. One line; the commands print it and exit with 1."""
+
+    def __init__(self, message):
+        super().__init__(' '.join(message.splitlines()))    # a name may hold anything
 
 
 def first_line(e):
@@ -64,11 +71,18 @@ def first_line(e):
 
 @functools.cache
 def get_tokenizer(name):
-    """'byte' (256 bytes and the end of text, built in), or any of tiktoken's: gpt2, cl100k_base, ..."""
+    """'byte' (256 bytes and the end of text, built in), any of tiktoken's: gpt2, cl100k_base, ...; or the first
+    ranks of one, for a small model: 'gpt2:8192' knows GPT-2's 8,192 commonest pieces and <|endoftext|>."""
     import tiktoken
     if name == 'byte':
         return tiktoken.Encoding('byte', pat_str=r'[\s\S]{1,400}', special_tokens={END: 256},
                                  mergeable_ranks={bytes([i]): i for i in range(256)})
+    whole, colon, ranks = name.partition(':')
+    if colon and ranks.isdecimal() and int(ranks) >= 256:
+        whole = get_tokenizer(whole)    # merges build on lower ranks, so the first ranks are a BPE as well
+        kept = {piece: rank for piece, rank in whole._mergeable_ranks.items() if rank < int(ranks)}
+        return tiktoken.Encoding(name, pat_str=whole._pat_str, mergeable_ranks=kept,
+                                 special_tokens={END: len(kept)})
     if name not in tiktoken.list_encoding_names():
         raise InputError(f'tokenizer: {name!r} is none of byte, {", ".join(tiktoken.list_encoding_names())}')
     try:
@@ -245,7 +259,6 @@ def read_list(path):
 
 
 def read_parquet(path):
-    import pyarrow
     from pyarrow.parquet import ParquetFile
     name, count = os.path.basename(path), 0
     try:
@@ -253,7 +266,7 @@ def read_parquet(path):
             for record in batch.to_pylist():
                 count += 1
                 yield f'{name} record {count}', record
-    except (pyarrow.ArrowException, OSError) as e:
+    except Exception as e:    # Arrow's, and Python's own for text or dates that it cannot hold
         raise InputError(f'{name}: cannot be read beyond record {count} ({first_line(e)})')
 
 
@@ -325,8 +338,8 @@ def parse(raw):
 
 
 def index_dtype(K):
-    """A row of the table: where a pair's tokens begin, its record's number in the source, its p, lengths."""
-    return np.dtype([('offset', '<u8'), ('id', '<u8'), ('p', '<f4'),
+    """A row of the table: where a pair's tokens begin, its record's number in the source, labels, lengths."""
+    return np.dtype([('offset', '<u8'), ('id', '<u8'), ('p', '<f4'), ('margin', '<f4'),
                      ('prompt', '<u4'), ('responses', '<u4', (K,))])
 
 
@@ -376,17 +389,20 @@ def encode_pair(record, tokenizer, cfg):
 SETTINGS = ('dataset', 'split', 'tokenizer', 'template', 'max_length', 'max_prompt_length', 'truncation',
             'val_fraction', 'bad_records', 'label_from_scores')
 FILES = ('train.bin', 'train.idx', 'val.bin', 'val.idx')
+HASHES = 'hashes.tmp'   # of every pair, 8 bytes each, until the duplicates are counted
 
 
-def encode_chunk(chunk, cfg):
+def encode_chunk(chunk, cfg, K=None):
     """[(id, where, raw), ...] -> ({split: (tokens, table)}, hashes of the pairs, counts, first bad record).
-    Runs in a worker."""
+    Runs in a worker. Every pair must have K responses; None: as many as the first has."""
     tokenizer = get_tokenizer(cfg.tokenizer)
     parts = {'train': ([], []), 'val': ([], [])}
-    counts, pair_hashes, K, first_bad = Counter(read=len(chunk)), [], None, ''
+    counts, pair_hashes, first_bad = Counter(read=len(chunk)), [], ''
     for number, where, raw in chunk:
         try:
-            prompt, responses, p, (prompt_hash, pair_hash), notes = encode_pair(parse(raw), tokenizer, cfg)
+            record = parse(raw)
+            prompt, responses, p, (prompt_hash, pair_hash), notes = encode_pair(record, tokenizer, cfg)
+            margin = number_of(record, 'margin') if record.get('margin') is not None else 0.0
             K = K or (responses and len(responses))
             if responses and len(responses) != K:
                 raise InputError(f'{len(responses)} responses, where the records before have {K}')
@@ -402,7 +418,7 @@ def encode_chunk(chunk, cfg):
             split = 'val' if int.from_bytes(prompt_hash, 'big') < cfg.val_fraction * 2**64 else 'train'
             tokens, rows = parts[split]
             tokens += [prompt, *responses]
-            rows.append((0, number, p, len(prompt), [len(r) for r in responses]))
+            rows.append((0, number, p, margin, len(prompt), [len(r) for r in responses]))
     dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
     return {split: (np.concatenate(tokens).astype(dtype), np.array(rows, dtype=index_dtype(K)))
             for split, (tokens, rows) in parts.items() if rows}, b''.join(pair_hashes), counts, first_bad
@@ -422,22 +438,39 @@ def chunks_of(source):
 
 def in_parallel(chunks, cfg):
     """encode_chunk of every chunk, in order, with no more of them in memory than keep the cores busy."""
+    K = None
+    for chunk in chunks:            # in this process, until there is a pair: all others must be like it
+        result = encode_chunk(chunk, cfg)
+        yield result
+        K = next((table['responses'].shape[1] for _, table in result[0].values()), None)
+        if K:
+            break
     first = list(itertools.islice(chunks, 2))
     chunks = itertools.chain(first, chunks)
     workers = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     if len(first) < 2 or workers == 1:
-        yield from (encode_chunk(chunk, cfg) for chunk in chunks)
+        yield from (encode_chunk(chunk, cfg, K) for chunk in chunks)
         return
-    get_tokenizer(cfg.tokenizer)    # once, before the workers fork and share it
     fork = multiprocessing.get_context('fork' if sys.platform == 'linux' else 'spawn')
-    with ProcessPoolExecutor(workers, fork) as pool:
-        pending = deque()
-        for chunk in chunks:
-            pending.append(pool.submit(encode_chunk, chunk, cfg))
-            if len(pending) > 2 * workers:
+    with ProcessPoolExecutor(workers, fork, initializer=leave_signals) as pool:
+        try:
+            pending = deque()
+            for chunk in chunks:
+                pending.append(pool.submit(encode_chunk, chunk, cfg, K))
+                if len(pending) > 2 * workers:
+                    yield pending.popleft().result()
+            while pending:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        except BrokenProcessPool:
+            raise InputError('a process that encodes records was killed, perhaps for want of memory')
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def leave_signals():
+    """A worker: Ctrl-C, which all processes get, is for the first to act on; it ends the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def prepare(cfg):
@@ -450,7 +483,7 @@ def prepare(cfg):
     source = source_of(cfg)
     stream = read_source(source, cfg.split)                         # says at once that there is none
     settings = {name: getattr(cfg, name) for name in SETTINGS}
-    stamp = [os.stat(source).st_size, os.stat(source).st_mtime_ns] if os.path.isfile(source) else []
+    stamp = stamp_of(source)
     key = hashlib.sha256(json.dumps([FORMAT, settings, stamp], sort_keys=True).encode()).hexdigest()[:8]
     stem = os.path.basename(cfg.dataset.rstrip('/')).split('.')[0].replace(':', '-')
     folder = os.path.join(cfg.data_dir, f'{stem}-{key}')
@@ -458,10 +491,12 @@ def prepare(cfg):
         return folder
 
     print(f'preparing {cfg.dataset} -> {folder}')
-    part = f'{folder}.part-{os.getpid()}'                           # renamed when whole
+    part = f'{folder}.part-{os.getpid()}-{time.time_ns()}'          # renamed when whole
     try:
         os.makedirs(part)
         write_files(stream, part, settings)
+        if stamp_of(source) != stamp:
+            raise InputError(f'{source}: changed while it was read')
         if not os.path.exists(os.path.join(folder, 'meta.json')):   # or another process was faster
             os.rename(part, folder)
     except OSError as e:
@@ -471,24 +506,28 @@ def prepare(cfg):
     return folder
 
 
+def stamp_of(source):
+    return [os.stat(source).st_size, os.stat(source).st_mtime_ns] if os.path.isfile(source) else []
+
+
 def write_files(stream, part, settings):
     """The stream's records, encoded, into the folder `part`; prints what became of them."""
     cfg = SimpleNamespace(**settings)
-    counts, kept, tokens_kept, hashes, K, first_bad = Counter(), Counter(), Counter(), bytearray(), None, ''
+    counts, kept, tokens_kept, first_bad, longest_pair = Counter(), Counter(), Counter(), '', 0
+    lengths = [Counter(), Counter(), Counter()]            # of the prompts, the best and the worst responses
     with contextlib.ExitStack() as stack:
-        files = {name: stack.enter_context(open(os.path.join(part, name), 'wb')) for name in FILES}
+        files = {name: stack.enter_context(open(os.path.join(part, name), 'wb')) for name in (*FILES, HASHES)}
         bar = stack.enter_context(tqdm(unit=' pairs', disable=None, leave=False))
         for parts, more_hashes, more, bad in in_parallel(chunks_of(stream), cfg):
             counts.update(more)
             bar.update(more['read'])
-            hashes += more_hashes
+            files[HASHES].write(more_hashes)
             first_bad = first_bad or bad
             for split, (tokens, table) in parts.items():
-                K = K or table['responses'].shape[1]
-                if K != table['responses'].shape[1]:
-                    raise InputError(f'{cfg.dataset}: some records have {K} responses, '
-                                     f'and some {table["responses"].shape[1]}')
-                sizes = table['prompt'] + table['responses'].sum(1)
+                K, sizes = table['responses'].shape[1], table['prompt'] + table['responses'].sum(1)
+                longest_pair = max(longest_pair, int(sizes.max()))
+                for counter, column in zip(lengths, (table['prompt'], *table['responses'].T[[0, -1]])):
+                    counter.update(column.tolist())
                 table['offset'] = tokens_kept[split] + np.cumsum(sizes) - sizes
                 kept[split] += len(table)
                 tokens_kept[split] += len(tokens)
@@ -499,18 +538,26 @@ def write_files(stream, part, settings):
     if not kept:
         what = ''.join(f'; {n} {note}' for note, n in counts.items() if note.startswith('dropped'))
         raise InputError(f'{cfg.dataset}: no pair is left of {counts["read"]} records{what}')
-    table = np.concatenate([np.fromfile(os.path.join(part, f'{s}.idx'), index_dtype(K)) for s in kept])
-    lengths = np.column_stack([table['prompt'], table['responses']])    # (pairs, 1 + K)
-    tokenizer = get_tokenizer(cfg.tokenizer)
-    duplicates = len(hashes) // 8 - len(np.unique(np.frombuffer(hashes, '<u8')))
+    tokenizer, duplicates = get_tokenizer(cfg.tokenizer), count_duplicates(os.path.join(part, HASHES))
     meta = dict(format=FORMAT, settings=settings, n_vocab=tokenizer.n_vocab, eos=tokenizer.eot_token,
                 token_bytes=2 if tokenizer.n_vocab <= 2**16 else 4, responses=K,
-                longest_pair=int(lengths.sum(1).max()), duplicates=duplicates, counts=counts,
+                longest_pair=longest_pair, duplicates=duplicates, counts=counts,
                 pairs=dict(train=0, val=0) | kept, tokens=dict(train=0, val=0) | tokens_kept,
                 sha256={name: file_hash(os.path.join(part, name)) for name in FILES})
     with open(os.path.join(part, 'meta.json'), 'w', encoding='utf-8') as f:
         json.dump(meta | dict(seal=seal(meta)), f, indent=1)
     print(report(meta, lengths))
+
+
+def count_duplicates(path):
+    """How many of a file's 8-byte hashes stand in it already; it is sorted on the disk, and removed."""
+    hashes, found = np.memmap(path, '<u8', mode='r+'), 0
+    hashes.sort()
+    for i in range(0, len(hashes), 2**20):
+        block = hashes[i:i + 2**20 + 1]
+        found += int((block[1:] == block[:-1]).sum())
+    os.remove(path)
+    return found
 
 
 def report(meta, lengths):
@@ -524,9 +571,11 @@ def report(meta, lengths):
     percents = (0, 50, 90, 99, 100)
     lines += [f'{"tokens":>9}  ' + ''.join(f'{f"{q}%":>7}' for q in percents)]
     names = ('prompt', 'chosen', 'rejected') if meta['responses'] <= 2 else ('prompt', 'best', 'worst')
-    for name, column in list(zip(names, (0, 1, -1)))[:1 + meta['responses']]:
-        row = np.percentile(lengths[:, column], percents, method='inverted_cdf')
-        lines.append(f'{name:>9}  ' + ''.join(f'{n:>7}' for n in row))
+    for name, counter in list(zip(names, lengths))[:1 + meta['responses']]:
+        values = sorted(counter)
+        ranks = np.cumsum([counter[value] for value in values])
+        row = [values[np.searchsorted(ranks, -(-q * ranks[-1] // 100))] for q in percents]
+        lines.append(f'{name:>9}  ' + ''.join(f'{value:>7}' for value in row))
     return '\n'.join(lines)
 
 
@@ -599,7 +648,10 @@ def show(cfg, n):
         try:
             prompt, responses, p, _, notes = encode_pair(parse(raw), tokenizer, cfg)
         except InputError as e:
-            raise InputError(f'{where}: {e}')
+            if cfg.bad_records != 'skip':
+                raise InputError(f'{where}: {e} (--bad_records=skip leaves such records out)')
+            print(f'--- {where}; left out: {e}')
+            continue
         print('; '.join([f'--- {where}', *[f'p = {p:.3f}'] * (p != 1), *notes]))
         responses = responses or []
         for name, r in zip(('chosen', 'rejected') if len(responses) <= 2 else itertools.count(1), responses):

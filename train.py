@@ -40,6 +40,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import dpo
+import reward
 import simpo
 from model import GPT, GPTConfig, block_mask, load_checkpoint, pack
 from prepare import InputError, Pairs, first_line, get_tokenizer, prepare
@@ -47,9 +48,10 @@ from prepare import InputError, Pairs, first_line, get_tokenizer, prepare
 LOSSES = {'sft': simpo.sft_loss, 'dpo': dpo.dpo_loss, 'robust_dpo': dpo.robust_dpo_loss, 'ipo': dpo.ipo_loss,
           'rdpo': dpo.rdpo_loss, 'kto': dpo.kto_loss, 'plackett_luce': dpo.plackett_luce_loss,
           'simpo': simpo.simpo_loss, 'cpo': simpo.cpo_loss, 'orpo': simpo.orpo_loss, 'slic': simpo.slic_loss,
-          'rrhf': simpo.rrhf_loss}
+          'rrhf': simpo.rrhf_loss, 'reward': reward.reward_loss}
 OPTIONS = sorted({name for loss in LOSSES.values() for name, p in inspect.signature(loss).parameters.items()
-                  if p.default is not inspect.Parameter.empty and name != 'p'})  # any objective's options
+                  if p.default is not inspect.Parameter.empty
+                  and name not in ('p', 'margin')})                         # any objective's options
 
 
 @dataclass
@@ -59,6 +61,7 @@ class Config:
     init_from: str = 'gpt2'             # the policy at the start, and the reference: all that
                                         # GPT.from_pretrained takes, or 'scratch'
     init_config: str = ''               # the config file that makes init_from, run first where it is missing
+    reference_from: str = ''            # the reference, where it is not the policy at the start
     n_layer: int = 12                   # these four for 'scratch' alone
     n_head: int = 12
     n_embd: int = 768
@@ -80,9 +83,9 @@ class Config:
     data_dir: str = 'data'
     # the objective; None leaves an option at the objective's own default (see dpo.py, simpo.py)
     loss: str = 'dpo'                   # sft; with reference: dpo, robust_dpo, ipo, rdpo, kto, plackett_luce;
-                                        # without: simpo, cpo, orpo, slic, rrhf
+                                        # without: simpo, cpo, orpo, slic, rrhf; a reward model: reward
     beta: float | None = None           # dpo: 0.1, the KL constraint's weight; simpo: 2.0, the reward's scale
-    gamma: float | None = None          # simpo: 0.5, the target margin
+    gamma: float | None = None          # simpo: 0.5, the target margin; reward: 0.0
     delta: float | None = None          # slic: 1.0, its margin
     alpha: float | None = None          # rdpo: 0.01, what a token costs
     label_smoothing: float | None = None  # the share of labels taken to be flipped
@@ -109,6 +112,13 @@ class Config:
     eval_interval: int = 100            # steps between evaluations, each followed by a checkpoint
     eval_pairs: int = 0                 # validation pairs used; 0: all
     log_interval: int = 10
+    eval_samples: int = 0               # responses sampled at each evaluation, for the policy's KL and length
+    # on-policy, see reward.py: rounds times, responses are sampled, labelled by the judge, and trained on
+    rounds: int = 0                     # 0: train on `dataset`; else only its prompts are used
+    judge: str = ''                     # gold; a run's folder; several with commas; file.py:function
+    labels: str = 'best'                # who wins: 'best', by reward; 'sample', by chance; 'soft', with p
+    completions: int = 2                # sampled for a prompt; more than two make rankings
+    round_pairs: int = 1000             # prompts answered in a round
     # the machine
     device: str = 'auto'                # cuda where there is one, else cpu
     dtype: str = 'auto'                 # bfloat16 on cuda, float32 on a cpu and under eval_only
@@ -146,6 +156,8 @@ def load_config(argv, cfg=None):
     cfg.given, from_file = set(), set()
     for i, arg in enumerate(argv):
         name, equals, value = arg.removeprefix('--').partition('=')
+        if arg.startswith('--') and type(getattr(cfg, name, None)) is bool and not equals:
+            equals, value = '=', 'True'                    # --resume is short for --resume=True
         if arg.startswith('--') and equals:
             setattr(cfg, name, parse_value(cfg, name, value, 'command line'))
             cfg.given.add(name)
@@ -183,15 +195,17 @@ def check_config(cfg):
     """Raise InputError, naming the key, where a value is out of range or one that this objective ignores."""
     choices = dict(loss=LOSSES, schedule=('cosine', 'linear', 'constant'), truncation=('cut', 'drop'),
                    template=('', 'chat'), bad_records=('error', 'skip'), reference=('cached', 'live', None),
-                   dtype=('auto', 'float32', 'bfloat16'))
+                   dtype=('auto', 'float32', 'bfloat16'), labels=('best', 'sample', 'soft'))
     for name, allowed in choices.items():
         if getattr(cfg, name) not in allowed:
             known = ', '.join(map(repr, filter(None, allowed)))
             raise InputError(f'{name}: {getattr(cfg, name)!r} is not one of {known}')
     limits = {'n_layer n_head n_embd block_size max_prompt_length': (1, math.inf),
-              'batch_size eval_interval log_interval': (1, math.inf),
+              'batch_size eval_interval log_interval round_pairs': (1, math.inf),
+              'completions': (2, math.inf),
               'learning_rate warmup_iters min_lr max_iters epochs weight_decay grad_clip': (0, math.inf),
-              'eval_pairs tokens_per_batch delta sft_weight': (0, math.inf), 'val_fraction': (0, 1),
+              'eval_pairs eval_samples tokens_per_batch delta sft_weight rounds': (0, math.inf),
+              'val_fraction': (0, 1),
               'label_smoothing': (0, 0.5), 'beta1 beta2': (0, 1 - 1e-9), 'seed': (0, 2**63 - 1),
               'beta': (1e-9, math.inf)}
     for names, (low, high) in limits.items():
@@ -212,25 +226,44 @@ def check_config(cfg):
     if cfg.schedule == 'constant' and 'min_lr' in cfg.given:
         raise InputError("min_lr: ignored with schedule = 'constant'")
     ignored = set(OPTIONS) - set(loss_parameters(cfg.loss))
-    ignored |= {'reference'} if not needs_reference(cfg.loss) else set()
+    ignored |= {'reference', 'reference_from'} if not needs_reference(cfg.loss) else set()
+    ignored |= {'eval_samples'} if cfg.loss == 'reward' else set()
     ignored |= {'n_layer', 'n_head', 'n_embd', 'block_size'} if cfg.init_from != 'scratch' else set()
     for name in sorted(ignored & cfg.given):
         if getattr(cfg, name) is not None:
-            by = 'loss' if name in (*OPTIONS, 'reference') else 'init_from'
+            by = 'init_from' if name in ('n_layer', 'n_head', 'n_embd', 'block_size') else 'loss'
             raise InputError(f'{name}: ignored with {by} = {getattr(cfg, by)!r}')
+    if cfg.rounds:
+        if not cfg.judge or cfg.loss in ('sft', 'reward'):
+            raise InputError('rounds: need a judge, and an objective that compares responses')
+        if cfg.completions > 2 and cfg.loss != 'plackett_luce' and cfg.labels != 'soft':
+            raise InputError(f'completions: {cfg.completions} make rankings; {cfg.loss!r} compares two')
+    for name in sorted({'judge', 'labels', 'completions', 'round_pairs'} & cfg.given):
+        if not cfg.rounds:
+            raise InputError(f'{name}: ignored with rounds = 0')
+
+
+def config_of(path):
+    """The Config of a checkpoint's run; what only another version of this program has is left out."""
+    cfg, config = Config(), load_checkpoint(path)['config']
+    for name in vars(cfg).keys() & config.keys():
+        setattr(cfg, name, parse_value(cfg, name, config[name], path))
+    return cfg
 
 
 def needs_reference(loss):
     return any(name.startswith('reference') for name in loss_parameters(loss))
 
 
-def objective(cfg, logps, lengths, reference_logps, p):
-    """The config's loss on summed log-probs (B, K), lengths (B, K), the reference's (B, K) or None, p (B,).
+def objective(cfg, logps, lengths, reference_logps, p, margin=None):
+    """The config's loss on summed log-probs (a reward model: scores) (B, K), lengths (B, K), the reference's
+    log-probs (B, K) or None, p (B,), margin (B,). -> (losses, chosen_rewards, rejected_rewards), each (B,)
 
     It gets what its signature names: log-probs, lengths, and its options where the config sets them.
     """
     given = dict(policy_chosen_logps=logps[:, 0], policy_rejected_logps=logps[:, -1],
-                 chosen_lengths=lengths[:, 0], rejected_lengths=lengths[:, -1], p=p, policy_logps=logps)
+                 chosen_lengths=lengths[:, 0], rejected_lengths=lengths[:, -1], p=p, policy_logps=logps,
+                 chosen_scores=logps[:, 0], rejected_scores=logps[:, -1], margin=margin)
     given |= {name: getattr(cfg, name) for name in OPTIONS}
     if reference_logps is not None:
         given |= dict(reference_logps=reference_logps, reference_chosen_logps=reference_logps[:, 0],
@@ -287,13 +320,25 @@ RANK, WORLD = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1
 def add_up(tensor):
     """The sum of a tensor over all processes, in place."""
     if WORLD > 1:
-        dist.all_reduce(tensor)
+        with others():
+            dist.all_reduce(tensor)
     return tensor
 
 
 def wait():
     if WORLD > 1:
-        dist.barrier()
+        with others():
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def others():
+    """Where the other processes are needed: one that has ended ends this one too, with a line saying so."""
+    try:
+        yield
+    except RuntimeError as e:
+        raise InputError(f'process {RANK} of {WORLD}: another one has ended, or is out of reach '
+                         f'({first_line(e)})')
 
 
 def say(text):
@@ -320,7 +365,7 @@ def score(model, pairs, indices, K, cfg, what='scoring'):
             some = mine[start:start + 256]
             for members, batch in batches(pairs, indices[some], K, cfg):
                 with precision(cfg):
-                    out[some[members]] = batch.sum_by_response(model.token_logps(batch))
+                    out[some[members]] = model.score_responses(batch)
                 bar.update(len(members))
     return add_up(out).cpu().numpy()
 
@@ -343,7 +388,9 @@ def cached_reference(model, weights, pairs, indices, cfg):
     key = hashlib.sha256(inputs.encode()).hexdigest()[:12]
     path = os.path.join(pairs.folder, f'{pairs.split}-reference-{key}.f32')
     try:
-        with open(path, 'ab') as f:
+        with open(path, 'ab') as f:                        # zeros that are on the disk: to find it full at a
+            while (more := n * K * 4 - f.tell()) > 0:      # mapped page, later, would end the process, mute
+                f.write(bytes(min(more, 2**20)))
             f.truncate(n * K * 4)
         table = np.memmap(path, dtype='<f4', mode='r+', shape=(n, K))
     except OSError as e:
@@ -381,7 +428,8 @@ def named(stats, n, cfg, K, prefix=''):
     """Sums over n pairs -> {metric: mean}, without those that this objective or this data does not have."""
     means = dict(zip(STATS, (stats / n).tolist()))
     return {prefix + name: mean for name, mean in means.items()
-            if not (cfg.loss == 'sft' and 'rewards' in name) and not (K == 1 and 'rejected' in name)}
+            if not (cfg.loss == 'sft' and 'rewards' in name) and not (K == 1 and 'rejected' in name)
+            and not (cfg.loss == 'reward' and 'logps' in name)}
 
 
 def evaluate(model, reference, pairs, indices, cfg, path=None):
@@ -394,18 +442,36 @@ def evaluate(model, reference, pairs, indices, cfg, path=None):
         ref = torch.from_numpy(np.array(ref))
     rows = pairs.table[indices]
     lengths, p = torch.from_numpy(rows['responses'].astype(np.int64)), torch.from_numpy(rows['p'].copy())
-    losses, *rewards = objective(cfg, logps, lengths, ref, p)
+    losses, *rewards = objective(cfg, logps, lengths, ref, p, torch.from_numpy(rows['margin'].copy()))
     if path and RANK == 0:
         columns = dict(id=rows['id'])
         for k, side in ((0, 'chosen'), (-1, 'rejected'))[:min(K, 2)]:
-            columns |= {f'{side}_logps': logps[:, k],
+            columns |= {f'{side}_logps': None if cfg.loss == 'reward' else logps[:, k],
                         f'reference_{side}_logps': None if ref is None else ref[:, k],
                         f'{side}_length': lengths[:, k], f'{side}_reward': rewards[k]}
         columns = {name: [None] * len(rows) if c is None else c.tolist() for name, c in columns.items()}
-        with open(path + '.tmp', 'w') as f:
+        with whole(path) as f:
             f.writelines(json.dumps(dict(zip(columns, row))) + '\n' for row in zip(*columns.values()))
-        os.replace(path + '.tmp', path)
     return named(statistics(losses, *rewards, logps), len(rows), cfg, K, 'eval/')
+
+
+@torch.no_grad()
+def on_policy(model, reference, pairs, indices, cfg, path):
+    """What the policy itself says to the validation prompts at `indices`, a response to each, into a file; ->
+    KL(pi||pi_ref), the mean of log pi/pi_ref over them, in nats a response, and their mean length in tokens.
+    """
+    prompts = [pairs[i][0].tolist() for i in indices]
+    room = min(pairs.meta['settings']['max_length'], model.config.block_size) - max(map(len, prompts))
+    responses = model.generate(prompts, room, seed=cfg.seed)
+    drawn = [(prompt, [response]) for prompt, response in zip(prompts, responses)]
+    logps, ref = (score(m, drawn, np.arange(len(drawn)), 1, cfg) for m in (model, reference))
+    decode = get_tokenizer(cfg.tokenizer).decode
+    if RANK == 0:
+        with whole(path) as f:
+            for i, prompt, response in zip(pairs.table['id'][indices].tolist(), prompts, responses):
+                line = dict(id=i, prompt=decode(prompt), response=decode(response), tokens=len(response))
+                f.write(json.dumps(line) + '\n')
+    return {'eval/kl': float((logps - ref).mean()), 'eval/length': float(np.mean([*map(len, responses)]))}
 
 
 def both_fall(first, now):
@@ -425,17 +491,20 @@ def table(metrics, before):
 # Checkpoints and the run's folder
 
 
-def save(path, state):
-    """Write a checkpoint so that, whatever happens on the way, `path` is a whole one: the old or the new."""
+@contextlib.contextmanager
+def whole(path, mode='w'):
+    """A file to write. Whatever happens on the way, `path` is a whole one: the old or the new."""
     try:
-        with open(path + '.tmp', 'wb') as f:
-            torch.save(state, f)
+        with open(path + '.tmp', mode, encoding=None if 'b' in mode else 'utf-8') as f:
+            yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(path + '.tmp', path)
-    except (OSError, RuntimeError) as e:
+    except BaseException as e:
         with contextlib.suppress(OSError):
             os.remove(path + '.tmp')
+        if not isinstance(e, (OSError, RuntimeError)):     # torch.save has both for a disk that is full
+            raise
         raise InputError(f'{path}: could not be written ({first_line(e)}); '
                          'the one before, if any, is as it was')
 
@@ -444,18 +513,17 @@ def lock(out_dir):
     """Hold out_dir until this process ends, however it ends. -> the open file, to be kept"""
     try:
         os.makedirs(out_dir, exist_ok=True)
-        f = open(os.path.join(out_dir, 'lock'), 'a+')
+        f = open(os.path.join(out_dir, 'lock'), 'ab+', buffering=0)
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        f.truncate(0)
+        f.write(str(os.getpid()).encode())
+        return f
+    except BlockingIOError:
+        f.seek(0)
+        holder = f.read(20).decode(errors='replace').strip()
+        raise InputError(f'out_dir: {out_dir} is in use by another run (process {holder})')
     except OSError as e:
         raise InputError(f'out_dir: {out_dir} cannot be written ({e.strerror})')
-    try:
-        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        f.seek(0)
-        raise InputError(f'out_dir: {out_dir} is in use by another run (process {f.read().strip()})')
-    f.truncate(0)
-    f.write(str(os.getpid()))
-    f.flush()
-    return f
 
 
 def header(cfg, train_pairs, val_pairs):
@@ -504,6 +572,9 @@ def settle_machine(cfg):
         with contextlib.suppress(OSError, AttributeError):    # glibc: keep freed memory, no new page faults
             for option in (-1, -3):                           # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
                 ctypes.CDLL(None).mallopt(option, 2**30)
+        # oneDNN keeps what it compiled for a thousand shapes, a megabyte each, and every step has new ones
+        for name in ('LRU_CACHE_CAPACITY', 'ONEDNN_PRIMITIVE_CACHE_CAPACITY'):
+            os.environ.setdefault(name, '64')
         # 'medium' lets oneDNN multiply: twice as fast on some CPUs, but bf16 on others: look before using it
         a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
         torch.set_float32_matmul_precision('medium')
@@ -513,10 +584,11 @@ def settle_machine(cfg):
 
 def load_policy(cfg):
     """The policy at the start, on cfg.device; made by init_config first where it is not there yet."""
+    kind = reward.RewardModel if cfg.loss == 'reward' else GPT
     if cfg.init_from == 'scratch':
         tokenizer = get_tokenizer(cfg.tokenizer)
         torch.manual_seed(cfg.seed)
-        return GPT(GPTConfig(cfg.block_size, tokenizer.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd,
+        return kind(GPTConfig(cfg.block_size, tokenizer.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd,
                              tokenizer.eot_token)).to(cfg.device)
     if cfg.init_config:
         beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), cfg.init_config)
@@ -525,7 +597,7 @@ def load_policy(cfg):
         path = os.path.join(base.out_dir, 'ckpt.pt')
         if base.out_dir == cfg.init_from:                  # not where another model was asked for
             there = load_checkpoint(path) if os.path.exists(path) else None
-            if there is None or there['step'] < there['config']['max_iters']:
+            if there is None or there.get('step', 0) < config_of(path).max_iters:
                 base.resume = there is not None
                 say(f'{cfg.init_from} is {"not whole" if there else "not there"} yet: training it, as '
                     f'{cfg.init_config} says')
@@ -535,10 +607,10 @@ def load_policy(cfg):
                     say(f'that was {cfg.init_from}, not {cfg.out_dir} yet: the same command goes on with it')
                     raise
                 say(f'{cfg.init_from} is there; now {cfg.out_dir}')
-            elif base.max_iters and there['config']['max_iters'] != base.max_iters:
-                say(f'note: {cfg.init_from} was trained for {there["config"]["max_iters"]} steps, and '
+            elif base.max_iters and there.get('step') != base.max_iters:
+                say(f'note: {cfg.init_from} was trained for {there["step"]} steps, and '
                     f'{cfg.init_config} says {base.max_iters}')
-    return GPT.from_pretrained(cfg.init_from).to(cfg.device)
+    return kind.from_pretrained(cfg.init_from).to(cfg.device)
 
 
 def check_model(cfg, model, max_length, tokenizer):
@@ -568,6 +640,8 @@ def check_fit(cfg, model, train_pairs, val_pairs):
     if soft and cfg.loss != 'sft' and 'p' not in loss_parameters(cfg.loss):
         raise InputError(f'dataset: {cfg.dataset} has labels p other than 1, '
                          f'and loss = {cfg.loss!r} ignores them')
+    if cfg.loss != 'reward' and any((pairs.table['margin'] != 0).any() for pairs in (train_pairs, val_pairs)):
+        raise InputError(f'dataset: {cfg.dataset} has margins, and loss = {cfg.loss!r} ignores them')
     if meta['longest_pair'] > cfg.tokens_per_batch:
         raise InputError(f'tokens_per_batch: {cfg.tokens_per_batch} is less than the longest pair, '
                          f'{meta["longest_pair"]} tokens')
@@ -583,8 +657,8 @@ def train(cfg):
     """Run the config from its first line to its last table. -> the metrics of the last evaluation"""
     started = time.perf_counter()
     settle_machine(cfg)
-    ckpt, best_ckpt, log_path, eval_path = (
-        os.path.join(cfg.out_dir, name) for name in ('ckpt.pt', 'best.pt', 'log.jsonl', 'eval.jsonl'))
+    ckpt, best_ckpt, log_path, eval_path, samples_path = (os.path.join(cfg.out_dir, name) for name in (
+        'ckpt.pt', 'best.pt', 'log.jsonl', 'eval.jsonl', 'samples.jsonl'))
     if os.path.exists(ckpt) and not (cfg.resume or cfg.overwrite or cfg.eval_only):
         raise InputError(f'out_dir: {cfg.out_dir} holds a run; --resume=True goes on with it, '
                          '--overwrite=True starts anew')
@@ -618,34 +692,44 @@ def train(cfg):
     held = lock(cfg.out_dir) if RANK == 0 else None
     if os.path.exists(ckpt) and not (cfg.resume or cfg.overwrite or cfg.eval_only):
         raise InputError(f'out_dir: {cfg.out_dir} holds a run, finished just now')
-    base = fingerprint(model) if needs_reference(cfg.loss) else ''
+    first = model                                          # the reference: what the run starts from
+    if cfg.reference_from:
+        first = GPT.from_pretrained(cfg.reference_from).to(cfg.device).requires_grad_(False)
+        check_model(dataclasses.replace(cfg, init_from=cfg.reference_from), first,
+                    train_pairs.meta['settings']['max_length'], train_pairs.meta['settings']['tokenizer'])
+    base = fingerprint(first) if needs_reference(cfg.loss) else ''
 
     # where the run stands
     state = dict(step=0, best=math.inf, evaluated=-1, log_bytes=0, first={}, metrics={}, warned=False)
     checkpoint = load_checkpoint(ckpt) if cfg.resume else None
     if cfg.resume:
-        if not checkpoint.keys() >= {*state, 'optimizer', 'data', 'reference'}:
+        if not checkpoint.keys() >= {*state, 'optimizer', 'data', 'reference'} or any(
+                type(checkpoint[name]) is not type(value) for name, value in state.items()):
             raise InputError(f'{ckpt}: not a whole checkpoint, but weights alone')
         if checkpoint['model_config'] != dataclasses.asdict(model.config):
             raise InputError(f'{ckpt}: a model of another shape than {cfg.init_from}')
         if checkpoint['data'] != train_pairs.hash and not cfg.eval_only:
             raise InputError(f'dataset: {folder} is not the data that {ckpt} was trained on')
-        if checkpoint['config']['loss'] != cfg.loss and not cfg.eval_only:
-            was = checkpoint['config']['loss']
+        was = checkpoint['config'].get('loss')
+        if was != cfg.loss and not cfg.eval_only:
             raise InputError(f'loss: {cfg.loss!r}, and {ckpt} was trained with {was!r}')
-        if checkpoint['reference'] != base and checkpoint['config']['loss'] == cfg.loss:
-            raise InputError(f'init_from: {cfg.init_from} is not the reference that {ckpt} was trained with')
+        if checkpoint['reference'] != base and was == cfg.loss:
+            raise InputError(f'init_from: {cfg.reference_from or cfg.init_from} is not the reference that '
+                             f'{ckpt} was trained with')
         if not cfg.eval_only and cfg.max_iters < checkpoint['step']:
             raise InputError(f'max_iters: {cfg.max_iters}, and {ckpt} has done {checkpoint["step"]} steps')
         if not cfg.eval_only and not os.path.exists(log_path):
             raise InputError(f'{log_path}: missing, and resume goes on with it')
+        if not cfg.eval_only and os.path.getsize(log_path) < checkpoint['log_bytes']:
+            raise InputError(f'{log_path}: shorter than when {ckpt} was written, and resume goes on with it')
         state = {name: checkpoint[name] for name in state}
         for name, was in checkpoint['config'].items():
-            if not cfg.eval_only and name not in ('resume', 'overwrite') and was != getattr(cfg, name):
+            known = name in vars(cfg) and name not in ('resume', 'overwrite')
+            if not cfg.eval_only and known and was != getattr(cfg, name):
                 say(f'resuming with {name} = {getattr(cfg, name)!r}, which was {was!r}')
 
     # the reference: frozen, and its log-probs known before the first step
-    reference = copy.deepcopy(model).requires_grad_(False) if cfg.reference == 'live' else None
+    reference = copy.deepcopy(first).requires_grad_(False) if cfg.reference == 'live' else None
     if cfg.compile:
         for m in filter(None, (model, reference)):
             m.hidden = torch.compile(m.hidden, dynamic=False if cfg.device == 'cuda' else None)
@@ -654,49 +738,69 @@ def train(cfg):
         if not cfg.eval_only:
             seen = np.arange(n) if cfg.max_iters * cfg.batch_size >= n else np.concatenate(
                 [step_indices(s, n, cfg.batch_size, cfg.seed) for s in range(cfg.max_iters)])
-            reference_train = cached_reference(model, base, train_pairs, seen, cfg)
-        reference_val = cached_reference(model, base, val_pairs, val, cfg) if len(val) else None
+            reference_train = cached_reference(first, base, train_pairs, seen, cfg)
+        reference_val = cached_reference(first, base, val_pairs, val, cfg) if len(val) else None
+    compared = None                                        # what the policy's own samples are compared with
+    if cfg.eval_samples:
+        compared = copy.deepcopy(first).requires_grad_(False) if reference is None else reference
+    del first
 
     optimizer = torch.optim.AdamW(
         [dict(params=[p for p in model.parameters() if p.dim() > 1], weight_decay=cfg.weight_decay),
          dict(params=[p for p in model.parameters() if p.dim() == 1], weight_decay=0.0)],
         lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
     if cfg.resume:
-        model.load_state_dict(checkpoint['model'])
-        optimizer.load_state_dict(checkpoint['optimizer'])
+        try:
+            model.load_state_dict(checkpoint['model'])
+            optimizer.load_state_dict(checkpoint['optimizer'])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e:
+            raise InputError(f'{ckpt}: does not fit the model ({" ".join(str(e).split())[:200]})')
         del checkpoint
 
     if cfg.eval_only:
         metrics = evaluate(model, reference_val, val_pairs, val, cfg, eval_path)
+        if cfg.eval_samples:
+            metrics |= on_policy(model, compared, val_pairs, val[:cfg.eval_samples], cfg, samples_path)
         say(f'{ckpt if cfg.resume else cfg.init_from} on {len(val)} validation pairs -> {eval_path}')
         say('\n'.join(f'{name:24}{value:>10.4f}' for name, value in metrics.items()))
         return metrics
 
     if RANK == 0:
-        if not cfg.resume:
-            if os.path.exists(ckpt):
-                say(f'overwriting the run in {cfg.out_dir}')
-            for path in (ckpt, best_ckpt, eval_path):      # of the run that this one overwrites
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(path)
-        log = open(log_path, 'r+' if cfg.resume else 'w')
-        log.seek(state['log_bytes'])
-        log.truncate()                                     # lines after the checkpoint will be written again
+        if not cfg.resume and os.path.exists(ckpt):
+            say(f'overwriting the run in {cfg.out_dir}')
+        unwanted = [f'{path}.tmp' for path in (ckpt, best_ckpt, eval_path)]   # of a run that was killed
+        unwanted += [] if cfg.resume else [ckpt, best_ckpt, eval_path]        # of a run that is overwritten
+        try:
+            for path in filter(os.path.exists, unwanted):
+                os.remove(path)
+            log = open(log_path, 'r+b' if cfg.resume else 'wb', buffering=0)
+            log.seek(state['log_bytes'])
+            log.truncate()                                 # lines after the checkpoint will be written again
+        except OSError as e:
+            raise InputError(f'out_dir: {cfg.out_dir} cannot be written ({first_line(e)})')
 
     def write_log(line):
         if RANK == 0:
-            log.write(json.dumps(line) + '\n')
-            log.flush()
+            line = (json.dumps(line) + '\n').encode()
+            try:
+                while line:                                # a disk that fills up may take a part of it
+                    line = line[log.write(line):]
+            except OSError as e:
+                raise InputError(f'{log_path}: could not be written ({first_line(e)}); --resume=True goes on '
+                                 f'from the last checkpoint')
 
     def save_checkpoint(improved=False):
         if RANK == 0:
             weights = dict(model=model.state_dict(), model_config=dataclasses.asdict(model.config),
                            config=dataclasses.asdict(cfg))
+            os.fsync(log.fileno())
             state['log_bytes'] = log.tell()
-            save(ckpt, weights | state | dict(optimizer=optimizer.state_dict(), data=train_pairs.hash,
-                                                reference=base))
-            if improved:
-                save(best_ckpt, weights | dict(step=state['step']))
+            if improved:                                   # first: killed in between, the step is done again
+                with whole(best_ckpt, 'wb') as f:
+                    torch.save(weights | dict(step=state['step']), f)
+            with whole(ckpt, 'wb') as f:
+                torch.save(weights | state | dict(optimizer=optimizer.state_dict(), data=train_pairs.hash,
+                                                  reference=base), f)
 
     def load_step(step):
         """The step's micro-batches, with reference log-probs and labels, on their way to the device."""
@@ -705,10 +809,11 @@ def train(cfg):
             mine = step_indices(step, n, cfg.batch_size, cfg.seed)[RANK::WORLD]
             for members, batch in batches(train_pairs, mine, used, cfg):
                 some = mine[members]
-                p = torch.from_numpy(train_pairs.table['p'][some]).to(cfg.device)
+                labels = [torch.from_numpy(train_pairs.table[label][some]).to(cfg.device)
+                          for label in ('p', 'margin')]
                 cached = isinstance(reference_train, np.ndarray)
                 ref = torch.from_numpy(reference_train[some]).to(cfg.device) if cached else None
-                ready.append((batch, ref, p))
+                ready.append((batch, ref, labels))
         return ready
 
     stop = []                                              # a signal that came: the step is finished first
@@ -736,9 +841,15 @@ def train(cfg):
         # evaluate, and make safe what there is
         if (step % cfg.eval_interval == 0 or step == cfg.max_iters) and step != state['evaluated']:
             paused, loss = time.perf_counter(), math.inf
+            if cfg.loss == 'reward':                       # mean zero over the data, in the end all of it
+                some = np.arange(n if step == cfg.max_iters else min(n, 256))
+                model.mean += float(score(model, train_pairs, some, K, cfg).mean())
             if len(val):
                 metrics = evaluate(model, reference_val, val_pairs, val, cfg,
                                    eval_path if step == cfg.max_iters else None)
+                if cfg.eval_samples:
+                    some = val[:cfg.eval_samples]
+                    metrics |= on_policy(model, compared, val_pairs, some, cfg, samples_path)
                 write_log(dict(step=step) | metrics)
                 shown = ', '.join(f'{k.removeprefix("eval/")} {v:.4f}' for k, v in metrics.items())
                 say(f'step {step}: {shown}')
@@ -759,18 +870,18 @@ def train(cfg):
 
         # forward and backward, a micro-batch at a time: the gradient of the mean over all the step's pairs
         stats = torch.zeros(len(STATS) + 1, dtype=torch.float64, device=cfg.device)
-        for batch, ref, p in waiting:
+        for batch, ref, labels in waiting:
             with precision(cfg):
-                logps = batch.sum_by_response(model.token_logps(batch))             # (pairs, used)
+                logps = model.score_responses(batch)                                # (pairs, used)
                 if reference_train is reference and reference is not None:
                     with torch.no_grad():
-                        ref = batch.sum_by_response(reference.token_logps(batch))
-            losses, chosen_rewards, rejected_rewards = objective(cfg, logps, batch.lengths, ref, p)
+                        ref = reference.score_responses(batch)
+            losses, chosen_rewards, rejected_rewards = objective(cfg, logps, batch.lengths, ref, *labels)
             (losses.sum() / cfg.batch_size).backward()
             stats[:-1] += statistics(losses, chosen_rewards, rejected_rewards, logps)
             tokens_since += batch.starts[-1] * WORLD
         for p in model.parameters() if WORLD > 1 else ():
-            add_up(p.grad)
+            add_up(p.grad) if p.grad is not None else None
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
         waiting = load_step(step + 1)                      # packed on the host while the device works
         stats[-1] = len(stop)
@@ -822,7 +933,7 @@ def train(cfg):
     say(f'-> {cfg.out_dir}')
     if state['first']:
         say(table(state['metrics'], state['first']))
-    if cfg.dataset == 'demo' and cfg.loss != 'sft' and RANK == 0:
+    if cfg.dataset == 'demo' and cfg.loss not in ('sft', 'reward') and RANK == 0:
         import demo
         demo.report(model, cfg)
     return state['metrics']
@@ -832,13 +943,25 @@ def run(main, doc, argv):
     """A command's frame: help, one line for what the user can mend, and quiet when interrupted."""
     if not argv or argv[0] in ('-h', '--help'):
         raise SystemExit(print(doc.strip()))
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))    # what is half written goes
     try:
         main(argv)
-    except InputError as e:
+    except BrokenPipeError:                                # what read our output has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except (InputError, OSError) as e:
         sys.exit(f'error: {e}')
+    except torch.OutOfMemoryError as e:
+        sys.exit(f'error: out of memory ({first_line(e)}); a smaller --tokens_per_batch needs less')
     except KeyboardInterrupt:
         sys.exit(130)
 
 
+def main(argv):
+    cfg = load_config(argv)
+    return reward.train_rounds(cfg) if cfg.rounds else train(cfg)
+
+
 if __name__ == '__main__':
-    run(lambda argv: train(load_config(argv)), __doc__, sys.argv[1:])
+    import train as this    # by its name, as the others import it: one module, one Config
+    run(this.main, __doc__, sys.argv[1:])

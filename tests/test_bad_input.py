@@ -276,7 +276,7 @@ def test_settings(changed, says, write, settings, tmp_path, monkeypatch):
 def test_records_of_different_kinds_far_apart(write, settings, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, 'CHUNK', 10)
     path = write('a.jsonl', [GOOD, dict(prompt='Q', chosen='A')])
-    with refused(tmp_path, 'a.jsonl: some records have 2 responses, and some 1'):
+    with refused(tmp_path, 'a.jsonl line 2: 1 responses, where the records before have 2'):
         prepare.prepare(settings(path))
 
 

@@ -3,7 +3,10 @@ demo.py: the language, the gold reward, the labels, and the frontier against wha
 
     pytest tests/test_demo.py
 """
+import functools
+import json
 import math
+import zlib
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ import torch
 
 import demo
 from model import GPT, GPTConfig
+from prepare import InputError
 
 
 def test_the_gold_reward_counts_whole_words():
@@ -79,10 +83,57 @@ def test_the_reference_lies_at_the_beginning_of_the_frontier(model):
 def test_pairs_are_labelled_by_bradley_terry(monkeypatch):
     """P(a beats b) = sigma(r(a) - r(b)): with rewards 1 and 0, praise wins 73% of the time."""
     encode = demo.get_tokenizer('byte').encode_ordinary
-    monkeypatch.setattr(demo, 'sample', lambda model, prompts, seed: [
+    monkeypatch.setattr(demo, 'sample', lambda model, prompts, seed, world: [
         [*encode(' great plot.' if i % 2 else ' long plot.'), 256] if i < len(prompts) // 2 else
         [*encode(' long plot.' if i % 2 else ' great plot.'), 256] for i in range(len(prompts))])
     pairs = list(demo.draw_pairs(None, 4000))
     assert len(pairs) == 4000
     wins = np.mean([pair['chosen'] == ' great plot.' for pair in pairs])
     assert wins == pytest.approx(1 / (1 + math.exp(-1)), abs=0.03)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Real reviews
+
+
+def test_openings_are_whole_sentences_cut_after_a_few_tokens():
+    tokenizer = demo.get_tokenizer('byte')
+    text = 'A fine film. Nobody moves! ' + 'x' * 300 + '. Never seen.'
+    (prompt, rest), = demo.openings([text, 'x' * 300, 'Hm'], tokenizer, seed=0)
+    assert prompt + rest == 'A fine film. Nobody moves!' and 2 <= len(prompt.encode()) <= 8
+    assert {len(p) for p, _ in demo.openings([text] * 200, tokenizer, seed=1)} == set(range(2, 9))
+
+
+def test_classifier_learns_which_words_praise():
+    rng = np.random.default_rng(0)
+    kinds = np.array([0, 1] * 200)
+    texts = [' '.join(rng.choice(demo.PRAISE if kind else demo.BLAME, 2)) + ' plot' for kind in kinds]
+    log_odds = demo.fit_classifier(texts, kinds)
+    assert ((log_odds(texts) > 0) == kinds).mean() > 0.99
+    assert log_odds(['superb', 'awful', 'plot'])[[0, 2]].min() > log_odds(['awful'])[0]
+    words = ('great', 'film', '!', 'great great', 'great film', 'film !')
+    assert demo.features('Great, great film!') == sorted({zlib.crc32(w.encode()) % 2**18 for w in words})
+
+
+def test_imdb_from_reviews_to_a_picture(tmp_path, capsys, gpt2, monkeypatch):
+    """The whole experiment on a few made-up reviews: nothing is learnt, everything runs, results and picture stay."""
+    (tmp_path / 'imdb').mkdir()
+    rng = np.random.default_rng(0)
+    for kind in ('train_pos', 'train_neg', 'test_pos', 'test_neg', 'train_unsup'):
+        words = demo.PRAISE if 'pos' in kind else demo.BLAME
+        with open(tmp_path / 'imdb' / f'{kind}.jsonl', 'w') as f:
+            for _ in range(30):
+                text = ' '.join(f'The {a} was {w}.<br /><br />' for a, w in zip(rng.permutation(demo.ASPECTS), rng.choice(words, 4)))
+                f.write(json.dumps(dict(label=kind.split('_')[1], text=text)) + '\n')
+    monkeypatch.setattr(demo, 'sample', lambda model, prompts, seed, world, real=demo.sample: [
+        [*t[:10], 8192] for t in real(model, prompts, seed, world)])
+    monkeypatch.setattr(demo, 'reference_rewards', functools.partial(demo.reference_rewards, prompts=2, samples=4))
+    demo.main(['imdb', str(tmp_path / 'imdb'), f'--out={tmp_path / "out"}', '--pairs=40', '--max_iters=1', '--samples=2',
+               '--only=dpo beta=1'])
+    said = capsys.readouterr().out
+    assert 'gold reward: the log-odds of a classifier, right for 100.0% of 60 reviews' in said
+    lines = demo.read_results(str(tmp_path / 'out'))
+    assert [line['name'] for line in lines] == ['dpo beta=1'] and np.isfinite(lines[0]['reward'])
+    assert (tmp_path / 'out' / 'frontier.png').exists()
+    with pytest.raises(InputError, match='no train_'):
+        demo.main(['imdb', str(tmp_path)])

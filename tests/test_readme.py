@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import demo
+import reward
 import train
 from model import GPT, GPTConfig
 
@@ -39,7 +40,18 @@ SHORT = {
     'python train.py config/dpo_gpt2.py': '--dataset=pairs.jsonl --max_iters=2 --batch_size=4',
     'python train.py config/simpo_gpt2.py': '--init_from=tiny --dataset=pairs.jsonl --max_iters=2 --batch_size=4 '
                                             '--max_length=512 --max_prompt_length=256',
+    'python train.py config/reward_demo.py': '--max_iters=2 --eval_interval=2',
+    'python train.py config/rounds_demo.py': '--max_iters=1 --eval_interval=2',
+    'python sample.py out/dpo_demo --score': '',
     'python sample.py out/dpo_demo': '--max_new_tokens=4',
+    'python sample.py out/sft_demo': '--max_new_tokens=4 --n=2',
+    'python demo.py frontier --only': '--pairs=20 --max_iters=1 --samples=2',
+    'python demo.py frontier': '--pairs=20 --max_iters=1 --samples=2 --seeds=1 --only=orpo',
+    'python demo.py pairs': '--pairs=30 --max_iters=1 --samples=2 --seeds=1 --only=30',
+    'python demo.py betas': '--pairs=20 --max_iters=1 --samples=2 --seeds=1 --only=8',
+    'python demo.py rounds': '--pairs=20 --max_iters=1 --samples=2 --seeds=1 --only=20',
+    'python demo.py sft': '--pairs=20 --max_iters=1',
+    'python demo.py imdb': '--pairs=20 --max_iters=1 --samples=2 --only=sft',
     'python sample.py out/dpo_gpt2': '--max_new_tokens=4',
     'python bench.py': '--model=tiny --batch_size=2 --repeats=1 --peers=False --records=50 --prompts=2 --new_tokens=4'
                        ' --lengths=64 --steps=2 --losses=dpo --orders=own --max_length=64',
@@ -69,8 +81,17 @@ def place(tmp_path_factory):
             words = [rng.choice('good bad fine poor film plot'.split()) for _ in range(6)]
             f.write(json.dumps(dict(prompt=f'{i} ' + ' '.join(words[:3]), chosen=' ' + words[3],
                                     rejected=' ' + ' '.join(words[4:]) + '!')) + '\n')
+    with open('prompts.txt', 'w') as f:
+        f.write('ann on iron river (war):\nbob on last song (drama):\n')
+    os.mkdir('imdb')
+    for kind in ('train_pos', 'train_neg', 'train_unsup', 'test_pos', 'test_neg'):
+        with open(f'imdb/{kind}.jsonl', 'w') as f:
+            for _ in range(20):
+                text = ' '.join(f'The film was {rng.choice("good fine long red slow".split())}.' for _ in range(4))
+                f.write(json.dumps(dict(text=text, label=kind.split('_')[1])) + '\n')
     train.train(train.load_config(['config/sft_demo.py', '--max_iters=40', '--eval_interval=40']))
-    patch.setattr(demo, 'draw_pairs', lambda model, n, seed: list(small_pairs()))
+    patch.setattr(demo, 'draw_pairs', lambda model, n, seed, world: list(small_pairs()))
+    patch.setattr(reward, 'draw_round', lambda *args: list(small_pairs()))
     patch.setattr(demo, 'sample', functools.partial(few_tokens, demo.sample))
     patch.setattr(demo, 'reference_rewards', functools.partial(demo.reference_rewards, prompts=2, samples=4))
     patch.setattr(demo, 'place', functools.partial(demo.place, samples=4))
@@ -84,13 +105,13 @@ def small_pairs():
             yield dict(prompt=a['prompt'], chosen=a['chosen'], rejected=b['chosen'])
 
 
-def few_tokens(sample, model, prompts, seed, rows=1024):
-    return [tokens[:12] for tokens in sample(model, prompts, seed, rows)]
+def few_tokens(sample, model, prompts, seed, world=demo.FILMS):
+    return [tokens[:12] for tokens in sample(model, prompts, seed, world)]
 
 
 @pytest.mark.parametrize('command', COMMANDS)
 def test_command(command, place, monkeypatch, capsys, request):
-    if 'gpt2' in command or 'pairs.jsonl' in command:
+    if 'gpt2' in command or 'pairs.jsonl' in command or 'imdb' in command:
         request.getfixturevalue('gpt2')    # skips where GPT-2's tables are not at hand
     extra = next((more for begin, more in SHORT.items() if command.startswith(begin)), '')
     script, *args = shlex.split(command)[1:]

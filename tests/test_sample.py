@@ -5,6 +5,7 @@ sample.py: prompts from everywhere, two models side by side, what is written.
 """
 import io
 import json
+import re
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 import sample
 import train
 from model import GPT, GPTConfig
-from prepare import InputError
+from prepare import InputError, get_tokenizer
 
 
 @pytest.fixture(scope='module')
@@ -72,3 +73,74 @@ def test_prompts_from_files_and_from_the_keyboard(models, tmp_path, monkeypatch,
 def test_bad_options(models, args, message):
     with pytest.raises(InputError, match=message):
         sample.main([str(models / 'a'), *(args if 'tokenizer' in args[0] else ['--tokenizer=byte', *args])])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Credit and scores
+
+
+def test_credit_of_each_token_is_that_of_two_plain_passes(models):
+    a, b = (GPT.from_pretrained(str(models / name)) for name in 'ab')
+    prompt, response = list(b'one two'), list(b' three') + [256]
+    found = sample.token_credit(a, b, prompt, response, beta=0.3)
+    row = torch.tensor([prompt + response])
+    for t, credit in enumerate(found):
+        logps = [m(row)[0, len(prompt) + t - 1].log_softmax(-1)[response[t]].item() for m in (a, b)]
+        assert credit == pytest.approx(0.3 * (logps[0] - logps[1]), abs=1e-5)
+    assert len(found) == len(response)
+
+
+@pytest.mark.parametrize('text', ['plain', 'caf\u00e9 \u20ac5 \U0001f600!'])
+def test_credit_is_shown_by_whole_characters(text):
+    tokens = get_tokenizer('byte').encode_ordinary(text)
+    spans = sample.whole_characters(tokens, [1.0] * len(tokens), get_tokenizer('byte'))
+    assert [c for c, _ in spans] == list(text)
+    assert [n for _, n in spans] == [len(c.encode()) for c in text]
+
+
+def test_bytes_that_are_no_character_lose_no_credit():
+    spans = sample.whole_characters([255, 254, 65], [1.0, 2.0, 4.0], get_tokenizer('byte'))
+    assert sum(c for _, c in spans) == 7.0 and ''.join(text for text, _ in spans).endswith('A')
+
+
+def test_credit_on_the_terminal_and_as_a_page(models, tmp_path, capsys, monkeypatch):
+    page, asked = tmp_path / 'credit.html', [f'--compare={models / "b"}', '--tokenizer=byte', '--prompt=<x>', '--credit']
+    sample.main([str(models / 'a'), *asked, '--response= a<b', f'--out={page}'])
+    text, said = page.read_text(), capsys.readouterr().out
+    assert '<b>&lt;x&gt;</b>' in text and text.count('<span ') == 5 and '>&lt;</span>' in text     # 4 bytes, the end
+    assert 'http' not in text and '<script' not in text and '<link' not in text
+    total = float(said.split('implicit reward ')[1].split(']')[0])
+    numbers = [float(n) for n in re.findall(r"'([+-]\d+\.\d+)", said)]
+    assert sum(numbers) == pytest.approx(total, abs=5e-3) and '\x1b[' not in said
+    monkeypatch.setenv('FORCE_COLOR', '1')
+    sample.main([str(models / 'a'), *asked, '--response= a<b', f'--out={page}'])
+    assert capsys.readouterr().out.count('\x1b[30;48;2;') == 5
+
+
+def test_a_run_knows_its_reference_and_beta(models, capsys):
+    """A run of one step at a learning rate of 1e-6 hardly moved: a credit of nearly nothing, but of something."""
+    sample.main([str(models / 'run'), '--credit', '--prompts=val', '--limit=2', '--max_new_tokens=4'])
+    said = capsys.readouterr().out
+    rewards = [float(part.split(']')[0]) for part in said.split('implicit reward ')[1:]]
+    assert len(rewards) == 2 and max(map(abs, rewards)) < 1e-2
+    assert (models / 'run' / 'credit.html').exists()
+
+
+def test_scores_of_a_file(models, capsys):
+    sample.main([str(models / 'run'), f'--score={models / "pairs.jsonl"}'])
+    found = lines(models / 'run' / 'scores.jsonl')
+    assert len(found) == 30 and all(len(line['rewards']) == 2 for line in found)
+    assert '30 pairs' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('args, message', [
+    (['--credit', '--prompt=x'], 'credit: needs a reference'), (['--response=x', '--prompt=x'], 'response: ignored'),
+    (['--score=x.jsonl', '--n=2'], 'n: ignored with score'), (['--score=x.jsonl'], 'is no run of train.py')])
+def test_bad_credit_and_score(models, args, message):
+    with pytest.raises(InputError, match=message):
+        sample.main([str(models / 'a'), *args])
+
+
+def test_credit_needs_a_prompt(models):
+    with pytest.raises(InputError, match='credit: needs a prompt'):
+        sample.main([str(models / 'run'), '--credit'])
