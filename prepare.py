@@ -78,7 +78,7 @@ def get_tokenizer(name):
         return tiktoken.Encoding('byte', pat_str=r'[\s\S]{1,400}', special_tokens={END: 256},
                                  mergeable_ranks={bytes([i]): i for i in range(256)})
     whole, colon, ranks = name.partition(':')
-    if colon and ranks.isdecimal() and int(ranks) >= 256:
+    if colon and ranks.isdecimal() and len(ranks) < 9 and int(ranks) >= 256:
         whole = get_tokenizer(whole)    # merges build on lower ranks, so the first ranks are a BPE as well
         kept = {piece: rank for piece, rank in whole._mergeable_ranks.items() if rank < int(ranks)}
         return tiktoken.Encoding(name, pat_str=whole._pat_str, mergeable_ranks=kept,

@@ -338,6 +338,10 @@ def edit(path, change):
     Path(path).write_bytes(change(Path(path).read_bytes()))
 
 
+def flip(path, at):
+    edit(path, lambda b: b[:at] + bytes([b[at] ^ 1]) + b[at + 1:])
+
+
 def edit_json(path, **changed):
     edit(path, lambda b: json.dumps(json.loads(b) | changed).encode())
 
@@ -412,7 +416,7 @@ def test_config_file(text, says, tmp_path, monkeypatch):
 @pytest.mark.parametrize('argv, says', [
     case('misspelt name', ['--lerning_rate=1'],
          "command line: 'lerning_rate' is not a name of the config; 'learning_rate' is"),
-    case('name without a value', ['--resume'], "command line: '--resume' is not of the form --name=value"),
+    case('name without a value', ['--beta'], "command line: '--beta' is not of the form --name=value"),
     case('one dash', ['-beta=1'], "command line: '-beta=1' is not of the form --name=value"),
     case('two configs', ['c.py', 'c.py'], "command line: 'c.py' is not of the form --name=value"),
     case('missing config file', ['none.py'], 'none.py: no such config file'),
@@ -634,6 +638,15 @@ def test_run(argv, says, world):
     case('log.jsonl gone', lambda: os.remove('out/log.jsonl'), 'log.jsonl'),
     case('ckpt.pt cut short', lambda: edit('out/ckpt.pt', lambda b: b[:5000]),
          'out/ckpt.pt: not a whole model file'),
+    case('a bit of a weight in ckpt.pt flipped', lambda: flip('out/ckpt.pt', 3000),
+         'out/ckpt.pt: not a whole model file (damaged:'),
+    case('the log cut short', lambda: edit('out/log.jsonl', lambda b: b[:-1]),
+         'out/log.jsonl: shorter than when out/ckpt.pt was written'),
+    case('the data changed under the run', lambda: flip(next(Path('data').glob('a-*/train.bin')), 0),
+         'train.bin: missing, or changed since it was prepared'),
+    case('a step that is a word', lambda: edit_checkpoint('out/ckpt.pt', step='3'), 'not a whole checkpoint'),
+    case('an optimizer of another model', lambda: edit_checkpoint('out/ckpt.pt', optimizer=dict(
+        state={}, param_groups=[])), 'out/ckpt.pt: does not fit the model (loaded state dict has a different'),
 ])
 def test_resume(spoil, says, world):
     spoil()

@@ -1,0 +1,130 @@
+"""
+Commands of this repository in forks of one process that has loaded torch: a start takes milliseconds.
+
+    with Forks() as forks:
+        child = forks.start('folder', 'train.py', '--loss=dpo', ...)    # prints into folder.txt, beside it
+        os.kill(child.pid, signal.SIGKILL)
+        assert child.wait() == -signal.SIGKILL
+
+One command at a time. This file is also what the other process runs; it never computes anything itself, so
+that its forks can.
+"""
+import ctypes
+import json
+import os
+import resource
+import runpy
+import signal
+import struct
+import subprocess
+import sys
+import time
+import traceback
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+LIMIT = 240                     # seconds after which a command that hangs is ended, by SIGALRM
+
+
+class Child:
+    """A command that runs, in a session of its own."""
+
+    def __init__(self, pid, output, reply):
+        self.pid, self.output, self.reply = pid, output, reply
+
+    def signal(self, number):
+        """SIGINT to all processes of the command, as a terminal's Ctrl-C does; others to the first alone."""
+        try:
+            (os.killpg if number == signal.SIGINT else os.kill)(self.pid, number)
+        except ProcessLookupError:      # ended just before
+            pass
+
+    def wait(self):
+        """-> the exit code; below 0, the signal that ended it."""
+        return int(self.reply.readline())
+
+    def said(self):
+        with open(self.output, encoding='utf-8') as f:
+            return f.read()
+
+
+class Forks:
+    def __enter__(self):
+        env = dict(os.environ, OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE')
+        self.process = subprocess.Popen([sys.executable, os.path.abspath(__file__)], env=env, text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=1)
+        return self
+
+    def __exit__(self, *exc):
+        self.process.stdin.close()
+        self.process.wait()
+
+    def start(self, folder, *argv, file_limit=0, powerless=False):
+        """`file_limit`: no file can grow beyond so many bytes, as on a full disk. `powerless`: permissions
+        hold for root too."""
+        job = dict(folder=str(folder), argv=list(map(str, argv)), output=f'{folder}.txt',
+                   file_limit=file_limit, powerless=powerless)
+        self.process.stdin.write(json.dumps(job) + '\n')
+        return Child(int(self.process.stdout.readline()), job['output'], self.process.stdout)
+
+    def run(self, folder, *argv, **limits):
+        """-> (the exit code, what it printed)"""
+        child = self.start(folder, *argv, **limits)
+        return child.wait(), child.said()
+
+
+def until(condition, seconds=60):
+    """Wait until condition() is true, looking without a pause; false where it took longer than that."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+    return True
+
+
+def become(job):
+    """The fork's part: what the job says, then the command."""
+    os.setsid()
+    signal.alarm(LIMIT)
+    os.chdir(job['folder'])
+    output = os.open(job['output'], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for there, here in ((output, 1), (output, 2), (os.open(os.devnull, os.O_RDONLY), 0)):
+        os.dup2(there, here)
+    sys.stdout.reconfigure(line_buffering=True)
+    if job['file_limit']:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job['file_limit'],) * 2)
+    if job['powerless'] and os.geteuid() == 0:
+        header = struct.pack('Ii', 0x20080522, 0)       # Linux's capset, version 3: this process, no power
+        if ctypes.CDLL(None).capset(header, bytes(24)):
+            sys.exit('capset failed')
+    sys.argv, code = job['argv'], 0
+    try:
+        runpy.run_path(os.path.join(ROOT, job['argv'][0]), run_name='__main__')
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else int(e.code is not None)
+        print(e.code if isinstance(e.code, str) else '', end='', file=sys.stderr)
+    except BaseException:
+        code = traceback.print_exc() or 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)          # to take the interpreter down in order would take most of a second
+
+
+def main():
+    sys.path.insert(0, ROOT)
+    import torch
+    torch.set_num_threads(1)
+    import torch._dynamo    # AdamW asks for it at its first step
+    import prepare          # noqa: F401
+    import sample           # noqa: F401
+    import train            # noqa: F401
+    prepare.get_tokenizer('byte')
+    while line := sys.stdin.readline():
+        if pid := os.fork():
+            print(pid, flush=True)
+            print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        else:
+            become(json.loads(line))
+
+
+if __name__ == '__main__':
+    main()
