@@ -387,8 +387,8 @@ def betas(o):
     """DPO's sweep over beta: the reward, the KL and the share of the optimum's gain that each comes to."""
     import plot
     n = o.pairs or 6000
-    settings = [('dpo', dict(beta=beta)) for beta in (0.2, 0.3, 0.5, 1.0, 2.0, 4.0, 8.0)]
-    plot.betas(experiment('betas', [(title(*s), *s, n) for s in settings], o))
+    settings = [(loss, options) for loss, options in FRONTIER if loss == 'dpo' and set(options) == {'beta'}]
+    plot.betas(experiment('frontier', [(title(*s), *s, n) for s in settings], o))    # points of that picture
 
 
 def pairs(o):
@@ -514,7 +514,8 @@ def imdb(source, o):
     test_texts, test_labels = read_imdb(source, 'test')
     right = np.mean((log_odds(test_texts) > 0) == test_labels)
     print(f'gold reward: the log-odds of a classifier, right for {right:.1%} of {len(test_texts):,} reviews')
-    seen = openings(texts + read_imdb(source, 'unsup')[0], get_tokenizer(tokenizer), seed=1)
+    more = read_imdb(source, 'unsup')[0] if o.base else []           # enough for a small one without
+    seen = openings(texts + more, get_tokenizer(tokenizer), seed=1)
     test = openings(test_texts, get_tokenizer(tokenizer), seed=2)
 
     def draw_from(texts):

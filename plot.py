@@ -84,7 +84,8 @@ def frontier(folder, path=None):
 def betas(folder, path=None):
     """Runs of `demo.py betas`: reward, KL and share of the optimum's gain against beta."""
     path = path or os.path.join(folder, 'betas.png')
-    lines = read_jsonl(os.path.join(folder, 'results.jsonl'))
+    lines = [line for line in read_jsonl(os.path.join(folder, 'results.jsonl'))
+             if line['loss'] == 'dpo' and not line['options'].get('label_smoothing')]
     fig, axes = figure(3, 1)
     for ax, key, label in zip(axes.flat, ('reward', 'kl', 'share'), (
             'expected gold reward', r'KL($\pi\,\|\,\pi_{ref}$), nats', "share of the optimum's gain")):
