@@ -454,6 +454,8 @@ def in_parallel(chunks, cfg):
     fork = multiprocessing.get_context('fork' if sys.platform == 'linux' else 'spawn')
     with ProcessPoolExecutor(workers, fork, initializer=leave_signals) as pool:
         try:
+            with signals_held():
+                pool.submit(int)    # starts the workers
             pending = deque()
             for chunk in chunks:
                 pending.append(pool.submit(encode_chunk, chunk, cfg, K))
@@ -471,6 +473,21 @@ def leave_signals():
     """A worker: Ctrl-C, which all processes get, is for the first to act on; it ends the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def signals_held():
+    """Ctrl-C and SIGTERM wait: Python drops an exception that comes, from their handlers, amid a fork."""
+    came = []
+    handlers = [(s, signal.signal(s, lambda number, frame: came.append(number)))
+                for s in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        yield
+    finally:
+        for s, handler in handlers:
+            signal.signal(s, handler)
+    for number in came[:1]:
+        signal.raise_signal(number)
 
 
 def prepare(cfg):
@@ -499,6 +516,8 @@ def prepare(cfg):
             raise InputError(f'{source}: changed while it was read')
         if not os.path.exists(os.path.join(folder, 'meta.json')):   # or another process was faster
             os.rename(part, folder)
+    except BrokenPipeError:                                         # of what reads our report, not the folder
+        raise
     except OSError as e:
         raise InputError(f'{folder}: cannot be written ({first_line(e)})')
     finally:

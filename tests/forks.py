@@ -22,7 +22,7 @@ import time
 import traceback
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-LIMIT = 240                     # seconds after which a command that hangs is ended, by SIGALRM
+LIMIT = 3600 if os.environ.get('NANOPREF_LONG') else 240    # seconds until SIGALRM ends a command that hangs
 
 
 class Child:

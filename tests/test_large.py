@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import tracemalloc
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -88,9 +89,13 @@ def test_the_peak_of_preparing_and_of_a_start_does_not_grow_with_the_pairs(place
     assert starting[16000] - starting[4000] < 40 * more, starting
 
 
-def test_the_report_is_what_all_the_lengths_at_once_would_give(place, capsys):
+def test_the_report_is_what_all_the_lengths_at_once_would_give(place, capsys, monkeypatch):
     """Percentiles from counts, duplicates from a file that is sorted, the longest pair as it goes by."""
-    cfg = options(dataset=write_pairs('report.jsonl', 3001), max_length=30, max_prompt_length=17)
+    monkeypatch.setattr(prepare, 'CHUNK', 2**12)
+    path = Path(write_pairs('report.jsonl', 3001))
+    longest = '{"prompt": "the longest of all", "chosen": "%s", "rejected": "B"}\n' % ('A' * 60)
+    path.write_text(longest + path.read_text())
+    cfg = options(dataset=path, max_length=96, max_prompt_length=17)
     folder = prepare.prepare(train.load_config(cfg))
     printed = capsys.readouterr().out
     pairs = [prepare.Pairs(folder, split) for split in ('train', 'val')]
@@ -99,9 +104,19 @@ def test_the_report_is_what_all_the_lengths_at_once_would_give(place, capsys):
         row = np.percentile(lengths[:, column], (0, 50, 90, 99, 100), method='inverted_cdf')
         assert f'{name:>9}  ' + ''.join(f'{n:>7}' for n in row) in printed
     assert pairs[0].meta['longest_pair'] == lengths.sum(1).max()
-    texts = open('report.jsonl').read().splitlines()
+    texts = path.read_text().splitlines()
     assert pairs[0].meta['duplicates'] == len(texts) - len(set(texts)) == 30
     assert sorted(os.listdir(folder)) == ['meta.json', 'train.bin', 'train.idx', 'val.bin', 'val.idx']
+
+
+def test_percentiles_from_counts():
+    rng = np.random.default_rng(0)
+    for n in range(1, 120):
+        values = rng.integers(1, 300, size=n)
+        meta = dict(counts=dict(read=n), pairs=dict(train=n, val=0), tokens={}, duplicates=0, responses=1)
+        row = np.percentile(values, (0, 50, 90, 99, 100), method='inverted_cdf')
+        printed = prepare.report(meta, [Counter(values.tolist())] * 3).splitlines()[-2:]
+        assert [line.split()[1:] for line in printed] == [list(map(str, row))] * 2, n
 
 
 def status(pid):

@@ -238,14 +238,16 @@ def test_interrupted_while_preparing(place, forks, number):
         source.write_text(''.join(line.replace('"Q', f'"{i}Q') + '\n' for i in range(30000)))    # 33 MB
     data = place / f'data{number}'
     args = ['prepare.py', source, '--tokenizer=byte', f'--data_dir={data}']
-    child = forks.start(place, *args)
-    interrupt(child, number, lambda: any(os.path.getsize(f) for f in glob.glob(f'{data}/*.part-*/train.bin')))
-    assert os.listdir(data) == []
-    with contextlib.suppress(ProcessLookupError):                   # no worker has outlived it for long
-        end = time.monotonic() + 10
-        while time.monotonic() < end:
-            os.killpg(child.pid, 0)
-        pytest.fail('a worker is left')
+    for later in (0, 0.01, 0.02, 0.03, 0.05, 0.2):                  # workers start soon after the first chunk
+        child = forks.start(place, *args)
+        assert until(lambda: any(os.path.getsize(f) for f in glob.glob(f'{data}/*.part-*/train.bin')))
+        interrupt(child, number, lambda end=time.monotonic() + later: time.monotonic() >= end)
+        assert os.listdir(data) == []
+        with contextlib.suppress(ProcessLookupError):               # no worker has outlived it for long
+            end = time.monotonic() + 10
+            while time.monotonic() < end:
+                os.killpg(child.pid, 0)
+            pytest.fail('a worker is left')
     assert forks.run(place, *args)[0] == 0
     assert len(Pairs(str(next(data.iterdir())), 'train')) > 25000
 
@@ -318,8 +320,8 @@ def test_interrupted_in_a_step(place, forks, number):
 def test_a_worker_that_is_killed_is_an_error_of_one_line(place, monkeypatch, tmp_path):
     class Pool:
         """One whose workers the system ends, as it does for want of memory."""
-        def __init__(self, *args, **options):
-            pass
+        def __init__(self, *args, initializer):
+            assert initializer is prepare.leave_signals
 
         def submit(self, *args):
             raise BrokenProcessPool('A process in the process pool was terminated abruptly')
@@ -338,6 +340,17 @@ def test_a_worker_that_is_killed_is_an_error_of_one_line(place, monkeypatch, tmp
     with pytest.raises(InputError, match='a process that encodes records was killed'):
         prepare.prepare(config(out_dir='', data_dir=tmp_path / 'data'))
     assert os.listdir(tmp_path / 'data') == []
+
+
+def test_workers_leave_ctrl_c_to_the_first_process():
+    handlers = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))    # which a worker inherits
+        prepare.leave_signals()
+        assert [signal.getsignal(s) for s, _ in handlers] == [signal.SIG_IGN, signal.SIG_DFL]
+    finally:
+        for s, handler in handlers:
+            signal.signal(s, handler)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -405,7 +418,7 @@ def test_disk_full_while_preparing(place, forks):
     assert os.listdir(data) == [] and not (place / 'nowhere').exists()
 
 
-def test_disk_full_in_the_reference_pass(place, forks):
+def test_disk_full_in_the_reference_pass(place, forks, monkeypatch):
     """A file that is mapped must be on the disk before: a page that finds it full later ends the process."""
     cfg = config(out_dir='', data_dir='full_reference')
     folder = prepare.prepare(cfg)
@@ -413,10 +426,13 @@ def test_disk_full_in_the_reference_pass(place, forks):
     result = forks.run(place, 'train.py', *args, file_limit=200)
     assert re.search(r'-reference-\w+.f32: cannot be written \(OSError.*; --reference=live needs no file',
                      error_of(result))
-    code, said = forks.run(place, 'train.py', *options(out_dir='somewhere', data_dir='full_reference'))
-    assert code == 0, said
-    for path in glob.glob(f'{folder}/*-reference-*'):
-        assert os.stat(path).st_blocks * 512 >= os.path.getsize(path)       # no hole in it
+    def stop(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, 'score', stop)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config(out_dir='somewhere', data_dir='full_reference'))
+    path, = glob.glob(f'{folder}/*-reference-*')
+    assert os.path.getsize(path) == 320 and os.stat(path).st_blocks         # 40 pairs, and no hole
 
 
 def test_disk_full_at_an_export(place, forks):
