@@ -214,7 +214,7 @@ class ChunkedLogps(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             for c in ChunkedLogps.chunks(h, w):
                 logits = ChunkedLogps.logits(h[c], w)                                # (rows, V)
-                out[c] = -F.cross_entropy(logits, targets[c], reduction='none')
+                out[c] = logits.gather(1, targets[c, None])[:, 0] - logits.logsumexp(dim=1)
         ctx.save_for_backward(h, w, targets)
         ctx.dtypes = h_dtype, weight.dtype, low
         return out

@@ -100,7 +100,8 @@ def test_dpo_starts_at_ln_2_learns_and_says_so(world):
     metrics = train.train(cfg)
     log = read_log(world.path / 'run' / 'log.jsonl')
     first = next(line for line in log if 'loss' in line)
-    assert first['loss'] == pytest.approx(math.log(2), abs=1e-6) and first['rewards/accuracies'] == 0.5
+    # of rewards that are zero but for rounding, which differs between batches, accuracies say nothing
+    assert first['loss'] == pytest.approx(math.log(2), abs=1e-6) and abs(first['rewards/margins']) < 1e-5
     assert [line for line in log if 'loss' in line][-1]['loss'] < 0.4       # it can learn these few by heart
     assert metrics['eval/loss'] == log[-1]['eval/loss']
     assert set(first) == {'step', 'loss', 'rewards/chosen', 'rewards/rejected', 'rewards/margins', 'rewards/accuracies',
@@ -152,6 +153,9 @@ def test_cached_and_live_references_agree(world):
         train.train(world(reference=reference, out_dir=world.path / reference))
     a, b = (read_log(world.path / r / 'log.jsonl') for r in ('cached', 'live'))
     for x, y in zip(a, b, strict=True):
+        for line in (x, y):
+            if abs(line.get('rewards/margins', 1)) < 1e-5:     # rounding alone: its sign is anything
+                line['rewards/accuracies'] = 0.5
         assert x == pytest.approx(y, rel=1e-4, abs=1e-5)
 
 
@@ -220,7 +224,8 @@ def test_a_run_killed_and_resumed_equals_one_that_was_not(world):
 def test_sigterm_finishes_the_step_saves_and_says_how_to_go_on(world):
     path = config_file(world, max_iters=2000, eval_interval=1000)
     process = command(path)
-    while not (world.path / 'run' / 'ckpt.pt').exists():
+    log = world.path / 'run' / 'log.jsonl'
+    while not (log.exists() and log.read_bytes().count(b'\n') > 4):     # header, evaluation, steps
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     out = process.communicate()[0]
