@@ -599,7 +599,9 @@ def load_checkpoint(path):
     if damaged:
         raise InputError(f'{path}: not a whole model file (damaged: {damaged})')
     checkpoint = load_file(path)
-    if not all(isinstance(checkpoint.get(key), dict) for key in ('model', 'model_config', 'config')):
+    configs = [checkpoint.get(key) for key in ('model_config', 'config')]
+    if not isinstance(checkpoint.get('model'), dict) or not all(isinstance(c, dict) for c in configs) or any(
+            isinstance(value, torch.Tensor) for c in configs for value in c.values()):
         raise InputError(f'{path}: not a checkpoint of train.py')
     return checkpoint
 

@@ -24,7 +24,9 @@ and counted: --bad_records=skip), and what truncation costs is printed.
 Left out: cleaning, deduplication, mixing of sources, chat templates of other models.
 """
 import contextlib
+import fcntl
 import functools
+import glob
 import gzip
 import hashlib
 import itertools
@@ -71,7 +73,7 @@ def first_line(e):
 
 @functools.cache
 def get_tokenizer(name):
-    """'byte' (256 bytes and the end of text, built in), any of tiktoken's: gpt2, cl100k_base, ...; or the first
+    """'byte' (256 bytes and the end of text, built in), any of tiktoken's: gpt2, cl100k_base; or the first
     ranks of one, for a small model: 'gpt2:8192' knows GPT-2's 8,192 commonest pieces and <|endoftext|>."""
     import tiktoken
     if name == 'byte':
@@ -110,9 +112,9 @@ def text_of(record, key):
     return record[key]
 
 
-def number_of(record, key):
+def number_of(record, key, most=sys.float_info.max):
     value = record[key]
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= most:
         raise InputError(f'{key!r} is {short(value)}, not a finite number')
     return float(value)
 
@@ -245,7 +247,10 @@ def read_list(path):
                     end = decode(text, at)[1]
                 except (ValueError, RecursionError) as e:     # perhaps only cut by the block's end
                     block = f.read(CHUNK)
-                    if not block or len(text) - at > MAX_LINE:
+                    if len(text) - at > MAX_LINE:
+                        raise InputError(f'{name} record {count + 1}: longer than '
+                                         f'{MAX_LINE // 2**20} MiB, or not valid JSON')
+                    if not block:
                         why = getattr(e, 'msg', e)
                         raise InputError(f'{name} record {count + 1}: not valid JSON ({why})')
                     text, at = text[at:] + block, 0
@@ -402,7 +407,7 @@ def encode_chunk(chunk, cfg, K=None):
         try:
             record = parse(raw)
             prompt, responses, p, (prompt_hash, pair_hash), notes = encode_pair(record, tokenizer, cfg)
-            margin = number_of(record, 'margin') if record.get('margin') is not None else 0.0
+            margin = number_of(record, 'margin', 3e38) if record.get('margin') is not None else 0.0
             K = K or (responses and len(responses))
             if responses and len(responses) != K:
                 raise InputError(f'{len(responses)} responses, where the records before have {K}')
@@ -508,9 +513,14 @@ def prepare(cfg):
         return folder
 
     print(f'preparing {cfg.dataset} -> {folder}')
-    part = f'{folder}.part-{os.getpid()}-{time.time_ns()}'          # renamed when whole
+    part, ours = f'{folder}.part-{os.getpid()}-{time.time_ns()}', None      # renamed when whole
     try:
         os.makedirs(part)
+        ours = hold(part)                                           # until this process ends, however it does
+        for left in glob.glob(glob.escape(folder) + '.part-*'):     # by one that was killed
+            if left != part and (free := hold(left)):
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(free)
         write_files(stream, part, settings)
         if stamp_of(source) != stamp:
             raise InputError(f'{source}: changed while it was read')
@@ -522,7 +532,22 @@ def prepare(cfg):
         raise InputError(f'{folder}: cannot be written ({first_line(e)})')
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        if ours:
+            os.close(ours)
     return folder
+
+
+def hold(folder):
+    """Lock a folder. -> its file descriptor, or None where another process has it, or it is gone"""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return descriptor
+    except OSError:
+        os.close(descriptor)
 
 
 def stamp_of(source):
@@ -636,6 +661,8 @@ class Pairs:
         self.folder, self.split, self.meta = folder, split, read_meta(folder)
         self.table = self.map_file(f'{split}.idx', index_dtype(self.meta['responses']))
         self.tokens = self.map_file(f'{split}.bin', '<u2' if self.meta['token_bytes'] == 2 else '<u4')
+        self.stamps = {path: stamp_of(path) for path in (os.path.join(folder, f'{split}.{kind}')
+                                                         for kind in ('bin', 'idx'))}
         self.hash = ''.join(self.meta['sha256'][f'{split}.{kind}'][:16] for kind in ('bin', 'idx'))
 
     def map_file(self, name, dtype):
@@ -644,6 +671,12 @@ class Pairs:
         if not os.path.isfile(path) or file_hash(path) != self.meta['sha256'][name]:
             raise InputError(f'{path}: missing, or changed since it was prepared; delete the folder')
         return np.memmap(path, dtype, mode='r') if os.path.getsize(path) else np.zeros(0, dtype)
+
+    def check_unchanged(self):
+        """Raise InputError where the mapped files have changed since they were opened."""
+        for path, stamp in self.stamps.items():
+            if stamp_of(path) not in (stamp, []):          # deleted, it still is what it was to us
+                raise InputError(f'{path}: changed while it was in use; nothing was written after that')
 
     def __len__(self):
         return len(self.table)

@@ -36,8 +36,8 @@ import torch.nn as nn
 
 from dpo import preference_loss
 from model import GPT, find_pretrained, load_checkpoint
-from prepare import (InputError, Pairs, encode, first_line, get_tokenizer, parse, prepare, read_record,
-                     read_source, text_of)
+from prepare import (InputError, Pairs, encode, file_hash, first_line, get_tokenizer, parse, prepare,
+                     read_record, read_source, text_of)
 
 # ------------------------------------------------------------------------------------------------------------
 # The reward model
@@ -102,6 +102,13 @@ def load_one(name, device):
         return lambda prompts, responses: [np.array(list(map(demo.gold_reward, some))) for some in responses]
     path, colon, function = name.rpartition('.py:')
     return user_judge(path + '.py', function) if colon else model_judge(name, device)
+
+
+def judge_hashes(names):
+    """What a judge's labels depend on: its names, and what is in their files."""
+    files = [name.rpartition(':')[0] if '.py:' in name else find_pretrained(name)
+             for name in names.split(',') if name != 'gold']
+    return [names, *(file_hash(path) for path in files)]
 
 
 def user_judge(path, name):
@@ -252,7 +259,8 @@ def score_file(judge, path, out, template=''):
     """Each record's rewards, to `out`; -> a line about them, with the accuracy where there are pairs."""
     texts = read_texts(path, template, grouped=False)
     rewards = judge(*zip(*texts))
-    with open(out, 'w', encoding='utf-8') as f:
+    import train
+    with train.whole(out) as f:
         for (prompt, responses), r in zip(texts, rewards):
             f.write(json.dumps(dict(prompt=prompt, responses=responses, rewards=r.tolist())) + '\n')
     every = np.concatenate(rewards)
@@ -300,7 +308,7 @@ def main(argv):
         elif len(set(responses)) > 1:
             order, p = ranked(rewards, o.labels, rng)
             records.append(as_record(prompt, [responses[i] for i in order], p))
-    with open(out, 'w', encoding='utf-8') as f:
+    with train.whole(out) as f:
         f.writelines(json.dumps(record) + '\n' for record in records)
     print(f'{len(records):,} records from {len(texts):,} prompts -> {out}')
 
@@ -353,8 +361,8 @@ def train_rounds(cfg):
         out = os.path.join(cfg.out_dir, f'round-{k + 1}')
         ckpt = os.path.join(out, 'ckpt.pt')
         policy = GPT.from_pretrained(newest).to(cfg.device)
-        made_of = [train.fingerprint(policy), pairs.hash, cfg.judge, cfg.completions, cfg.round_pairs,
-                   cfg.labels, cfg.seed + k]
+        made_of = [train.fingerprint(policy), pairs.hash, judge_hashes(cfg.judge), cfg.completions,
+                   cfg.round_pairs, cfg.max_length, cfg.labels, cfg.seed + k]
         key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:8]
         train.say(f'round {k + 1} of {cfg.rounds}: {cfg.round_pairs:,} times {cfg.completions} responses of '
                   f'{newest}, labelled by {cfg.judge}')

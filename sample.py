@@ -15,7 +15,9 @@ random numbers, so they differ only where their distributions do. What is printe
 token (green: likelier than under the reference), on the terminal and in an HTML file.
 Left out: serving, beam search, streaming.
 """
+import contextlib
 import html
+import itertools
 import json
 import os
 import sys
@@ -24,10 +26,10 @@ from dataclasses import dataclass
 import torch
 
 from model import GPT, find_pretrained, pack
-from prepare import InputError, Pairs, get_tokenizer, prepare
+from prepare import InputError, Pairs, encode, first_line, get_tokenizer, parse, prepare, read_source, text_of
 from reward import load_judge, score_file
 from train import (Config, check_model, config_of, load_config, loss_parameters, needs_reference, run,
-                   settle_machine)
+                   settle_machine, whole)
 
 
 @dataclass
@@ -68,24 +70,26 @@ def read_prompts(options, run, tokenizer):
         ids = [pairs[i][0].tolist() for i in range(len(pairs))][:options.limit or None]
         return [(tokenizer.decode(p), p) for p in ids]
     texts = [options.prompt.replace('\\n', '\n')] if options.prompt else []
-    if options.prompts:
+    if options.prompts.endswith('.txt'):
         try:
             with open(options.prompts, encoding='utf-8') as f:
-                lines = [line.rstrip('\n') for line in f if line.strip()]
-            jsonl = options.prompts.endswith('.jsonl')
-            texts += [json.loads(line)['prompt'] if jsonl else line for line in lines]
-        except OSError as e:
-            raise InputError(f'prompts: {options.prompts} cannot be read ({e.strerror})')
-        except (ValueError, KeyError, TypeError) as e:
-            raise InputError(f'prompts: {options.prompts} is not UTF-8 with a "prompt" in every line ({e!r})')
-        texts = texts[:options.limit or None]
-    return [encode(text, options, tokenizer) for text in texts]
+                texts = [line.rstrip('\n') for line in f if line.strip()][:options.limit or None]
+        except (OSError, UnicodeDecodeError) as e:
+            raise InputError(f'prompts: {options.prompts} cannot be read ({first_line(e)})')
+    elif options.prompts:
+        for where, raw in itertools.islice(read_source(options.prompts), options.limit or None):
+            try:
+                record = parse(raw)
+                texts.append(text_of(record if isinstance(record, dict) else {}, 'prompt'))
+            except InputError as e:
+                raise InputError(f'prompts: {where}: {e}')
+    return [as_prompt(text, options, tokenizer) for text in texts]
 
 
-def encode(text, options, tokenizer):
+def as_prompt(text, options, tokenizer):
     if options.template == 'chat':
         text = f'\n\nHuman: {text}\n\nAssistant:'
-    return text, tokenizer.encode_ordinary(text)
+    return text, encode(tokenizer, text, 'prompt').tolist()
 
 
 def complete(model, prompts, options, tokenizer):
@@ -179,7 +183,7 @@ def credit(models, names, prompts, options, trained, tokenizer, path):
         each = token_credit(*models, ids, tokens, beta)
         shown.append((text, whole_characters(tokens, each, tokenizer), sum(each)))
         show_credit(*shown[-1])
-    with open(path, 'w', encoding='utf-8') as f:
+    with whole(path) as f:
         f.write(credit_page(shown, names, beta))
     print(f'\n-> {path}')
 
@@ -228,13 +232,8 @@ def main(argv):
         path = path or os.path.join(names[0] if os.path.isdir(names[0]) else '.', 'credit.html')
         return credit(models, names, prompts, options, trained, tokenizer, path)
     if trained and os.path.isdir(names[0]):
-        path = path or os.path.join(names[0], 'samples.jsonl')
-    try:
-        out = open(path, 'w', encoding='utf-8') if path else None
-    except OSError as e:
-        raise InputError(f'out: {path} cannot be written ({e.strerror})')
-
-    def answer(prompts):
+        path = path or os.path.join(names[0], 'completions.jsonl')
+    def answer(prompts, out):
         """Complete the prompts with every model; print, and write, what came."""
         answers = [complete(model, prompts, options, tokenizer) for model in models]
         for (text, _), *each in zip(prompts, *answers):
@@ -247,13 +246,14 @@ def main(argv):
                         out.write(json.dumps(dict(model=name, prompt=text, response=response, tokens=tokens,
                                                   ended=ended, seed=seed)) + '\n')
     if prompts:
-        answer(prompts)
+        with whole(path) if path else contextlib.nullcontext() as out:
+            answer(prompts, out)
     else:
         print('a prompt a line; an empty line ends')
-        while text := sys.stdin.readline().rstrip('\n'):
-            answer([encode(text.replace('\\n', '\n'), options, tokenizer)])
-    if out:
-        out.close()
+        with open(path, 'w', encoding='utf-8') if path else contextlib.nullcontext() as out:
+            while text := sys.stdin.readline().rstrip('\n'):
+                answer([as_prompt(text.replace('\\n', '\n'), options, tokenizer)], out)
+    if path:
         print(f'\n-> {path}')
 
 

@@ -382,10 +382,10 @@ def fingerprint(model):
 def cached_reference(model, weights, pairs, indices, cfg):
     """The reference's log-probs of the pairs at `indices`, computed where the cache lacks them: an (n, K)
     array, mapped from a file beside the data. Zero means not computed yet: a log-prob is below it. The key
-    holds all that the numbers depend on, so a sweep over beta or the learning rate pays once."""
-    K, n = pairs.meta['responses'], len(pairs)
-    inputs = f'{weights} {pairs.hash} {cfg.dtype} {cfg.device}'
-    key = hashlib.sha256(inputs.encode()).hexdigest()[:12]
+    holds all that the numbers depend on, to the last bit; a sweep over beta or the rate pays once."""
+    K, n, indices = pairs.meta['responses'], len(pairs), np.unique(indices)
+    inputs = [weights, pairs.hash, cfg.dtype, cfg.device, cfg.compile, cfg.tokens_per_batch, WORLD]
+    key = hashlib.sha256(json.dumps(inputs).encode() + indices.tobytes()).hexdigest()[:12]
     path = os.path.join(pairs.folder, f'{pairs.split}-reference-{key}.f32')
     try:
         with open(path, 'ab') as f:                        # zeros that are on the disk: to find it full at a
@@ -395,15 +395,14 @@ def cached_reference(model, weights, pairs, indices, cfg):
         table = np.memmap(path, dtype='<f4', mode='r+', shape=(n, K))
     except OSError as e:
         raise InputError(f'{path}: cannot be written ({first_line(e)}); --reference=live needs no file')
-    missing = np.unique(indices)
-    missing = missing[(table[missing] == 0).any(axis=1)]
-    wait()                                                 # until every process has looked
-    for start in range(0, len(missing), 4096):             # what an interruption can lose
-        some = missing[start:start + 4096]
-        logps = score(model, pairs, some, K, cfg, f'reference, {pairs.split}')
-        if RANK == 0:
-            table[some] = logps
-            table.flush()
+    for start in range(0, len(indices), 4096):             # what an interruption can lose
+        some = indices[start:start + 4096]
+        whole_block = bool((np.isfinite(table[some]) & (table[some] < 0)).all())
+        if add_up(torch.tensor(float(not whole_block), device=cfg.device)) > 0:    # as any process sees it
+            logps = score(model, pairs, some, K, cfg, f'reference, {pairs.split}')
+            if RANK == 0:
+                table[some] = logps
+                table.flush()
     wait()
     return table
 
@@ -432,6 +431,11 @@ def named(stats, n, cfg, K, prefix=''):
             and not (cfg.loss == 'reward' and 'logps' in name)}
 
 
+def named_pairs(pairs, indices):
+    return ('Their numbers in the source, from 0, as in eval.jsonl: '
+            + ', '.join(map(str, pairs.table['id'][indices].tolist())))
+
+
 def evaluate(model, reference, pairs, indices, cfg, path=None):
     """Metrics of the validation pairs at `indices`; with a path, also a line for each pair there."""
     K = pairs.meta['responses']
@@ -443,6 +447,10 @@ def evaluate(model, reference, pairs, indices, cfg, path=None):
     rows = pairs.table[indices]
     lengths, p = torch.from_numpy(rows['responses'].astype(np.int64)), torch.from_numpy(rows['p'].copy())
     losses, *rewards = objective(cfg, logps, lengths, ref, p, torch.from_numpy(rows['margin'].copy()))
+    if not losses.isfinite().all():
+        bad = indices[~losses.isfinite().numpy()]
+        raise InputError(f'evaluation: the loss of {len(bad)} pairs is not finite; a checkpoint, if there is '
+                         f'one, is from before. {named_pairs(pairs, bad)}')
     if path and RANK == 0:
         columns = dict(id=rows['id'])
         for k, side in ((0, 'chosen'), (-1, 'rejected'))[:min(K, 2)]:
@@ -503,8 +511,9 @@ def whole(path, mode='w'):
     except BaseException as e:
         with contextlib.suppress(OSError):
             os.remove(path + '.tmp')
-        if not isinstance(e, (OSError, RuntimeError)):     # torch.save has both for a disk that is full
-            raise
+        if not isinstance(e, (OSError, RuntimeError)):     # torch.save has both for a disk that is full,
+            raise                                          # and the second tells less
+        e = e.__context__ if isinstance(e.__context__, OSError) else e
         raise InputError(f'{path}: could not be written ({first_line(e)}); '
                          'the one before, if any, is as it was')
 
@@ -526,16 +535,18 @@ def lock(out_dir):
         raise InputError(f'out_dir: {out_dir} cannot be written ({e.strerror})')
 
 
-def header(cfg, train_pairs, val_pairs):
-    """The first line of log.jsonl: all that it takes to repeat the run."""
+def header(cfg, weights, data):
+    """The first line of log.jsonl: all that it takes to repeat the run, `weights` and `data` as hashes."""
     def git(*args):
         where = os.path.dirname(os.path.abspath(__file__))
-        return subprocess.run(['git', '-C', where, *args], capture_output=True, text=True).stdout.strip()
+        try:
+            return subprocess.run(['git', '-C', where, *args], capture_output=True, text=True).stdout.strip()
+        except OSError:                                    # a machine without git
+            return ''
     commit = git('rev-parse', '--short', 'HEAD')
     commit += '+changes' if git('status', '--porcelain', '--untracked-files=no') else ''
     cpu = f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
-    return dict(config=dataclasses.asdict(cfg), commit=commit,
-                data=dict(train=train_pairs.hash, val=val_pairs.hash),
+    return dict(config=dataclasses.asdict(cfg), commit=commit, weights=weights, data=data,
                 hardware=torch.cuda.get_device_name() if cfg.device == 'cuda' else cpu, processes=WORLD,
                 versions=dict(python=platform.python_version(), torch=torch.__version__,
                               numpy=np.__version__))
@@ -604,7 +615,7 @@ def load_policy(cfg):
                 try:
                     train(base)
                 except SystemExit:
-                    say(f'that was {cfg.init_from}, not {cfg.out_dir} yet: the same command goes on with it')
+                    say(f'that was {cfg.init_from}, not {cfg.out_dir} yet: the command as it was goes on')
                     raise
                 say(f'{cfg.init_from} is there; now {cfg.out_dir}')
             elif base.max_iters and there.get('step') != base.max_iters:
@@ -690,25 +701,27 @@ def train(cfg):
     if 0 < cfg.eval_pairs < len(val):
         val = np.sort(np.random.default_rng(cfg.seed).permutation(len(val))[:cfg.eval_pairs])
     held = lock(cfg.out_dir) if RANK == 0 else None
-    if os.path.exists(ckpt) and not (cfg.resume or cfg.overwrite or cfg.eval_only):
+    if RANK == 0 and os.path.exists(ckpt) and not (cfg.resume or cfg.overwrite or cfg.eval_only):
         raise InputError(f'out_dir: {cfg.out_dir} holds a run, finished just now')
     first = model                                          # the reference: what the run starts from
     if cfg.reference_from:
         first = GPT.from_pretrained(cfg.reference_from).to(cfg.device).requires_grad_(False)
         check_model(dataclasses.replace(cfg, init_from=cfg.reference_from), first,
                     train_pairs.meta['settings']['max_length'], train_pairs.meta['settings']['tokenizer'])
-    base = fingerprint(first) if needs_reference(cfg.loss) else ''
+    weights, data = fingerprint(model), dict(train=train_pairs.hash, val=val_pairs.hash)
+    base = '' if not needs_reference(cfg.loss) else weights if first is model else fingerprint(first)
 
     # where the run stands
     state = dict(step=0, best=math.inf, evaluated=-1, log_bytes=0, first={}, metrics={}, warned=False)
     checkpoint = load_checkpoint(ckpt) if cfg.resume else None
     if cfg.resume:
         if not checkpoint.keys() >= {*state, 'optimizer', 'data', 'reference'} or any(
-                type(checkpoint[name]) is not type(value) for name, value in state.items()):
+                type(checkpoint[name]) is not type(value)
+                for name, value in dict(state, data=data, reference=base).items()):
             raise InputError(f'{ckpt}: not a whole checkpoint, but weights alone')
         if checkpoint['model_config'] != dataclasses.asdict(model.config):
             raise InputError(f'{ckpt}: a model of another shape than {cfg.init_from}')
-        if checkpoint['data'] != train_pairs.hash and not cfg.eval_only:
+        if checkpoint['data'] != data and not cfg.eval_only:
             raise InputError(f'dataset: {folder} is not the data that {ckpt} was trained on')
         was = checkpoint['config'].get('loss')
         if was != cfg.loss and not cfg.eval_only:
@@ -722,10 +735,11 @@ def train(cfg):
             raise InputError(f'{log_path}: missing, and resume goes on with it')
         if not cfg.eval_only and os.path.getsize(log_path) < checkpoint['log_bytes']:
             raise InputError(f'{log_path}: shorter than when {ckpt} was written, and resume goes on with it')
-        state = {name: checkpoint[name] for name in state}
+        state, changed = {name: checkpoint[name] for name in state}, {}
         for name, was in checkpoint['config'].items():
             known = name in vars(cfg) and name not in ('resume', 'overwrite')
             if not cfg.eval_only and known and was != getattr(cfg, name):
+                changed |= {name: getattr(cfg, name)} if name not in ('out_dir', 'data_dir') else {}
                 say(f'resuming with {name} = {getattr(cfg, name)!r}, which was {was!r}')
 
     # the reference: frozen, and its log-probs known before the first step
@@ -790,16 +804,20 @@ def train(cfg):
                                  f'from the last checkpoint')
 
     def save_checkpoint(improved=False):
+        for pairs in (train_pairs, val_pairs):
+            pairs.check_unchanged()
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise InputError(f'step {state["step"]}: the weights are no longer finite; {ckpt} is from before')
         if RANK == 0:
-            weights = dict(model=model.state_dict(), model_config=dataclasses.asdict(model.config),
+            content = dict(model=model.state_dict(), model_config=dataclasses.asdict(model.config),
                            config=dataclasses.asdict(cfg))
             os.fsync(log.fileno())
             state['log_bytes'] = log.tell()
             if improved:                                   # first: killed in between, the step is done again
                 with whole(best_ckpt, 'wb') as f:
-                    torch.save(weights | dict(step=state['step']), f)
+                    torch.save(content | dict(step=state['step']), f)
             with whole(ckpt, 'wb') as f:
-                torch.save(weights | state | dict(optimizer=optimizer.state_dict(), data=train_pairs.hash,
+                torch.save(content | state | dict(optimizer=optimizer.state_dict(), data=data,
                                                   reference=base), f)
 
     def load_step(step):
@@ -813,7 +831,7 @@ def train(cfg):
                           for label in ('p', 'margin')]
                 cached = isinstance(reference_train, np.ndarray)
                 ref = torch.from_numpy(reference_train[some]).to(cfg.device) if cached else None
-                ready.append((batch, ref, labels))
+                ready.append((some, batch, ref, labels))
         return ready
 
     stop = []                                              # a signal that came: the step is finished first
@@ -822,9 +840,13 @@ def train(cfg):
         stop.append(number)
         signal.signal(number, handlers[number])            # a second one does not wait
 
-    handlers = {s: signal.signal(s, finish_step) for s in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    for s in handlers:
+        signal.signal(s, finish_step)
     if not cfg.resume:
-        write_log(header(cfg, train_pairs, val_pairs))
+        write_log(header(cfg, weights, data))
+    elif changed:
+        write_log(dict(resumed_at=state['step'], changed=changed))
     told = {name: p.default if getattr(cfg, name, None) is None else getattr(cfg, name)
             for name, p in loss_parameters(cfg.loss).items() if name in OPTIONS}
     say(', '.join([f'loss {cfg.loss}', *(f'{name} {value}' for name, value in told.items())]))
@@ -865,12 +887,13 @@ def train(cfg):
             state['best'] = min(state['best'], loss)
             save_checkpoint(improved)
             since += time.perf_counter() - paused          # the rates leave evaluation out
-        if step == cfg.max_iters or stop:
+        halt = len(stop) if WORLD == 1 else int(add_up(torch.tensor(len(stop), device=cfg.device)))
+        if step == cfg.max_iters or halt:                  # all of them, or none
             break
 
         # forward and backward, a micro-batch at a time: the gradient of the mean over all the step's pairs
-        stats = torch.zeros(len(STATS) + 1, dtype=torch.float64, device=cfg.device)
-        for batch, ref, labels in waiting:
+        stats, each = torch.zeros(len(STATS), dtype=torch.float64, device=cfg.device), []
+        for some, batch, ref, labels in waiting:
             with precision(cfg):
                 logps = model.score_responses(batch)                                # (pairs, used)
                 if reference_train is reference and reference is not None:
@@ -878,23 +901,23 @@ def train(cfg):
                         ref = reference.score_responses(batch)
             losses, chosen_rewards, rejected_rewards = objective(cfg, logps, batch.lengths, ref, *labels)
             (losses.sum() / cfg.batch_size).backward()
-            stats[:-1] += statistics(losses, chosen_rewards, rejected_rewards, logps)
+            stats += statistics(losses, chosen_rewards, rejected_rewards, logps)
+            each.append((some, losses.detach()))
             tokens_since += batch.starts[-1] * WORLD
         for p in model.parameters() if WORLD > 1 else ():
             add_up(p.grad) if p.grad is not None else None
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
         waiting = load_step(step + 1)                      # packed on the host while the device works
-        stats[-1] = len(stop)
         add_up(stats)
 
         # nothing that is not a number reaches the weights
         loss, grad_norm = stats[0].item() / cfg.batch_size, grad_norm.item()
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            if step != state['evaluated']:
-                save_checkpoint()
-            ids = train_pairs.table['id'][step_indices(step, n, cfg.batch_size, cfg.seed)].tolist()
-            raise InputError(f'step {step}: loss {loss}, gradient norm {grad_norm}; the weights from before '
-                             f'it are in {ckpt}. Its pairs, by their number in the source: {ids}')
+            culprits = np.concatenate([some[~losses.isfinite().cpu().numpy()] for some, losses in each])
+            if not len(culprits):                          # the gradient alone: any of them
+                culprits = np.concatenate([some for some, _ in each])
+            raise InputError(f'step {step}: loss {loss}, gradient norm {grad_norm}; nothing was changed, and '
+                             f'{ckpt} is from before. {named_pairs(train_pairs, culprits)}')
         for group in optimizer.param_groups:
             group['lr'] = lr = learning_rate(step, cfg)
         optimizer.step()
@@ -910,20 +933,18 @@ def train(cfg):
             fresh = False
         if step % cfg.log_interval == 0:
             seconds = time.perf_counter() - since
-            line = named(stats[:-1], cfg.batch_size, cfg, used) | dict(grad_norm=grad_norm, lr=lr)
+            line = named(stats, cfg.batch_size, cfg, used) | dict(grad_norm=grad_norm, lr=lr)
             write_log(dict(step=step) | line | dict(pairs_per_s=pairs_since / seconds,
                                                     tokens_per_s=tokens_since / seconds))
             bar.set_postfix({k.split('/')[-1]: f'{v:.3f}' for k, v in line.items()
                              if k == 'loss' or 'acc' in k})
             since, pairs_since, tokens_since = time.perf_counter(), 0, 0
-        if stats[-1] > 0 and not stop:                     # a signal that another process got
-            stop.append(signal.SIGTERM)
 
     bar.close()
-    if stop:
+    if halt:
         save_checkpoint()
-        say(f'stopped after {state["step"]} steps; the same command with --resume=True goes on')
-        raise SystemExit(128 + stop[0])
+        say(f'{cfg.out_dir}: stopped after {state["step"]} steps; with --resume=True it goes on')
+        raise SystemExit(128 + (stop[0] if stop else signal.SIGTERM))    # or another process got it
     for s, handler in handlers.items():
         signal.signal(s, handler)
     wait()

@@ -98,11 +98,15 @@ def test_reward_model_learns_and_is_centred(config, tmp_path):
 
 
 def test_reward_model_resumes_where_it_was(config, tmp_path):
-    train.train(config(loss='reward'))
-    whole = load_checkpoint(str(tmp_path / 'run' / 'ckpt.pt'))['model']
-    train.train(config(loss='reward', overwrite=True, max_iters=3, schedule='constant'))
+    """The rewards' mean, which an evaluation changes, with it: bit for bit."""
+    settings = dict(loss='reward', schedule='constant', eval_interval=3)
+    train.train(config(**settings, max_iters=6, out_dir=tmp_path / 'whole'))
+    train.train(config(**settings, max_iters=3))
     half = load_checkpoint(str(tmp_path / 'run' / 'ckpt.pt'))
-    assert half['step'] == 3 and not torch.equal(half['model']['head.weight'], whole['head.weight'])
+    train.train(config(**settings, max_iters=6, resume=True))
+    whole, run = (load_checkpoint(str(tmp_path / name / 'ckpt.pt')) for name in ('whole', 'run'))
+    assert (half['step'], run['step']) == (3, 6) and half['model']['mean'] != run['model']['mean'] != 0
+    assert all(torch.equal(t, run['model'][name]) for name, t in whole['model'].items())
 
 
 def test_margins_reach_the_loss_and_no_other_objective(config, write):

@@ -92,7 +92,7 @@ def lines(path):
     """log.jsonl or eval.jsonl, whole lines all, without what a clock decides."""
     content = Path(path).read_bytes()
     assert content.endswith(b'\n')
-    found = [json.loads(line) for line in content.splitlines()]
+    found = [json.loads(line) for line in content.splitlines() if b'resumed_at' not in line]
     return [{k: v for k, v in line.items() if not k.endswith('_per_s')} for line in found]
 
 
@@ -248,8 +248,27 @@ def test_interrupted_while_preparing(place, forks, number):
             while time.monotonic() < end:
                 os.killpg(child.pid, 0)
             pytest.fail('a worker is left')
+    child = forks.start(place, *args)
+    assert until(lambda: any(os.path.getsize(f) for f in glob.glob(f'{data}/*.part-*/train.bin')))
+    child.signal(signal.SIGKILL)
+    assert child.wait() == -9 and len(glob.glob(f'{data}/*.part-*')) == 1       # what it had no time to remove
+    assert until(lambda: prepare_is_free(data))                     # its workers have ended as well
     assert forks.run(place, *args)[0] == 0
-    assert len(Pairs(str(next(data.iterdir())), 'train')) > 25000
+    folder, = data.iterdir()                                        # the next one has
+    assert len(Pairs(str(folder), 'train')) > 25000
+
+
+def prepare_is_free(data):
+    held = [prepare.hold(folder) for folder in glob.glob(f'{data}/*.part-*')]
+    for descriptor in held:
+        os.close(descriptor) if descriptor else None
+    return all(held)
+
+
+def test_a_machine_without_git(place, monkeypatch):
+    monkeypatch.setenv('PATH', '/nowhere')
+    train.train(config(out_dir='no_git', max_iters=1))
+    assert lines('no_git/log.jsonl')[0]['commit'] == ''
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
@@ -285,7 +304,7 @@ def test_interrupted_in_an_evaluation(place, forks, number):
     log = run / 'log.jsonl'
     child = forks.start(place, 'train.py', *options(out_dir=run.name, **changed))
     said = interrupt(child, number, lambda: log.exists() and log.stat().st_size)
-    assert 'stopped after 0 steps; the same command with --resume=True goes on' in said
+    assert 'stopped after 0 steps; with --resume=True it goes on' in said
     assert load_checkpoint(str(run / 'ckpt.pt'))['evaluated'] == 0
     assert [line.get('step') for line in lines(log)] == [None, 0]
     assert forks.run(place, 'train.py', *options(out_dir=run.name, **changed), '--resume=True')[0] == 0
@@ -313,7 +332,7 @@ def test_interrupted_in_a_step(place, forks, number):
     log = run / 'log.jsonl'
     said = interrupt(child, number, lambda: log.exists() and log.read_bytes().count(b'\n') > 10)
     done = load_checkpoint(str(run / 'ckpt.pt'))['step']
-    assert f'stopped after {done} steps; the same command with --resume=True goes on' in said
+    assert f'stopped after {done} steps; with --resume=True it goes on' in said
     assert steps(lines(log))[-1] == (done - 1, False)
 
 
@@ -376,15 +395,17 @@ def goes_on(place, forks, run):
     assert_same_run(place / 'full', run)
 
 
-def test_disk_full_at_a_checkpoint(place, forks, half):
-    run = half('full_checkpoint')
+@pytest.mark.parametrize('name', ['best', 'ckpt'])
+def test_disk_full_at_a_checkpoint(place, forks, half, name):
+    run = half(f'full_{name}')
     before = {path: content for path, content in snapshot(run).items() if path.endswith('.pt')}
-    limit = min(map(len, before.values())) - 1000
+    limit = {os.path.basename(path): len(content) for path, content in before.items()}[f'{name}.pt'] - 1000
     result = forks.run(place, 'train.py', *options(out_dir=run.name), '--resume=True', file_limit=limit)
-    assert re.match(r'error: full_checkpoint/(best|ckpt).pt: could not be written \(.*\); '
+    assert re.match(rf'error: full_{name}/{name}.pt: could not be written \(OSError: .*File too large\); '
                     'the one before, if any, is as it was$', error_of(result))
     after = snapshot(run)
-    assert {path: after[path] for path in before} == before and not glob.glob(f'{run}/*.tmp')
+    assert all(after[path] == before[path] for path in before if name == 'best' or path.endswith('ckpt.pt'))
+    assert load_checkpoint(str(run / 'best.pt')) and not glob.glob(f'{run}/*.tmp')
     assert load_checkpoint(str(run / 'ckpt.pt'))['step'] == 4
     goes_on(place, forks, run)
 
@@ -510,23 +531,31 @@ def test_a_read_only_data_folder(place, forks, read_only):
 # Several processes
 
 
-def test_a_rank_that_dies_takes_the_others_down(place):
-    """Its own name is in torchrun's report; the one that was left says why it ends."""
+def torchrun(place, args):
+    """train.py in two processes, under way."""
     launcher = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
-    args = options(out_dir='ranks', max_iters=100_000, eval_interval=100_000)
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [*launcher, os.path.join(ROOT, 'train.py'), *args],
         cwd=place, env=dict(os.environ, OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE'), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def ranks_of(process):
+    children = Path(f'/proc/{process.pid}/task/{process.pid}/children')
+    if not children.exists():
+        pytest.skip('the ranks are found through /proc')
+    return set(map(int, children.read_text().split()))
+
+
+def test_a_rank_that_dies_takes_the_others_down(place):
+    """Its own name is in torchrun's report; the one that was left says why it ends."""
+    process = torchrun(place, options(out_dir='ranks', max_iters=100_000, eval_interval=100_000))
     try:
         log = place / 'ranks' / 'log.jsonl'
         assert until(lambda: process.poll() is not None
                      or log.exists() and log.read_bytes().count(b'\n') > 3, 120)
         first = int((place / 'ranks' / 'lock').read_text())
-        children = Path(f'/proc/{process.pid}/task/{process.pid}/children')
-        if not children.exists():
-            pytest.skip('the ranks are found through /proc')
-        second, = set(map(int, children.read_text().split())) - {first}
+        second, = ranks_of(process) - {first}
         os.kill(second, signal.SIGKILL)
         began = time.monotonic()
         said = process.communicate(timeout=90)[0]
@@ -537,6 +566,28 @@ def test_a_rank_that_dies_takes_the_others_down(place):
     assert re.search(rf'Signal 9 \(SIGKILL\) received by PID {second}', said)
     assert load_checkpoint(str(place / 'ranks' / 'ckpt.pt'))['step'] == 0          # whole, from before
     assert not until(lambda: os.path.exists(f'/proc/{first}'), 0)
+
+
+@BOTH
+def test_one_rank_interrupted_stops_them_all(place, forks, number):
+    """Whichever process the signal comes to: all finish the same step, and the run goes on with any number."""
+    args = options(out_dir=f'ranks{number}', max_iters=100_000, eval_interval=100_000)
+    process = torchrun(place, args)
+    run = place / f'ranks{number}'
+    try:
+        assert until(lambda: process.poll() is not None
+                     or (run / 'log.jsonl').exists() and (run / 'log.jsonl').read_bytes().count(b'\n') > 3, 120)
+        first = int((run / 'lock').read_text())
+        others = ranks_of(process) - {first}
+        os.kill(others.pop() if number == signal.SIGTERM else first, number)
+        said = process.communicate(timeout=90)[0]
+    finally:
+        process.kill()
+    done = load_checkpoint(str(run / 'ckpt.pt'))['step']
+    assert f'ranks{number}: stopped after {done} steps; with --resume=True it goes on' in said
+    assert 'another one has ended' not in said and steps(lines(run / 'log.jsonl'))[-1] == (done - 1, False)
+    code, said = forks.run(place, 'train.py', *args, '--resume=True', f'--max_iters={done + 2}')
+    assert code == 0, said
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -643,22 +694,64 @@ def test_what_is_no_number_never_reaches_the_weights(place, monkeypatch, what, s
         if sum(calls) == 6 and calls[-1]:                        # the sixth step's only micro-batch
             zero = (logps.sum(1) - logps.sum(1).detach()).abs()
             bad = dict(gradient=zero.sqrt(), loss=zero / zero, infinity=1 / zero)[what]    # sqrt'(0) = inf
-            losses = losses + bad
+            losses = torch.cat([losses[:2], (losses + bad)[2:3], losses[3:]])
         return losses, *rewards
     monkeypatch.setattr(train, 'objective', objective)
-    cfg = config(out_dir=run.name, eval_interval=100, tokens_per_batch=2048)
+    cfg = config(out_dir=run.name, eval_interval=3, tokens_per_batch=2048)
     with pytest.raises(InputError) as caught:
         train.train(cfg)
     monkeypatch.undo()
     message, = str(caught.value).splitlines()
+    del caught                                                   # its frames hold the run's lock
     pairs = Pairs(prepare.prepare(cfg), 'train')
-    ids = [int(pairs.table['id'][i]) for i in train.step_indices(5, len(pairs), 8, cfg.seed)]
-    assert re.match(f'step 5: {says}', message) and message.endswith(f'by their number in the source: {ids}')
-    train.train(config(out_dir=f'{run.name}_before', max_iters=5, tokens_per_batch=2048))
-    found, before = (load_checkpoint(f'{run}{name}/ckpt.pt') for name in ('', '_before'))
-    assert found['step'] == before['step'] == 5 and same(found['model'], before['model'])
-    assert same(found['optimizer']['state'], before['optimizer']['state'])
+    step = [int(pairs.table['id'][i]) for i in train.step_indices(5, len(pairs), 8, cfg.seed)]
+    assert re.match(f'step 5: {says}', message) and 'ckpt.pt is from before' in message
+    named = list(map(int, message.split('eval.jsonl: ')[1].split(', ')))
+    assert sorted(named) == sorted(step) if what == 'gradient' else len(named) == 1 and named[0] in step
+    assert load_checkpoint(str(run / 'ckpt.pt'))['step'] == 3
     assert steps(lines(run / 'log.jsonl'))[-1] == (4, False)
+    train.train(config(out_dir=run.name, eval_interval=3, tokens_per_batch=2048, resume=True))    # mended
+    train.train(config(out_dir=f'{run.name}_plain', eval_interval=3, tokens_per_batch=2048))
+    assert_same_run(run, place / f'{run.name}_plain')
+
+
+def test_a_rate_that_was_too_high_is_mended_by_a_lower_one(place):
+    """The weights break in a step whose own loss was fine: they are not written over the good ones."""
+    changed = dict(out_dir='high', eval_interval=4, schedule='constant')
+    train.train(config(**changed, max_iters=4))
+    before = load_checkpoint('high/ckpt.pt')
+    with pytest.raises(InputError, match='is from before|is not finite'):
+        train.train(config(**changed, max_iters=12, learning_rate=1e38, resume=True))
+    assert same(load_checkpoint('high/ckpt.pt'), before) and before['step'] == 4
+    train.train(config(**changed, max_iters=12, resume=True))
+    assert load_checkpoint('high/ckpt.pt')['step'] == 12
+    resumed = [json.loads(line) for line in open('high/log.jsonl') if 'resumed_at' in line]
+    assert resumed == [dict(resumed_at=4, changed=dict(max_iters=12))]    # the other was after the checkpoint
+
+
+@pytest.mark.parametrize('val_fraction', [0.2, 0.0])
+def test_the_last_steps_weights_are_looked_at(place, val_fraction):
+    """No step comes after the last one to find them broken."""
+    run = place / f'last{val_fraction}'
+    with pytest.raises(InputError, match='is not finite|no longer finite'):
+        train.train(config(out_dir=run.name, max_iters=1, learning_rate=1e39, val_fraction=val_fraction))
+    assert load_checkpoint(str(run / 'ckpt.pt'))['step'] == 0 and not (run / 'eval.jsonl').exists()
+
+
+def test_data_that_change_under_a_run(place, tmp_path):
+    """Seen at the next checkpoint, which is not written."""
+    cfg = config(out_dir='changing', data_dir=tmp_path, max_iters=8)
+    folder, plain = prepare.prepare(cfg), train.learning_rate
+
+    def learning_rate(step, cfg):
+        if step == 5:
+            with open(os.path.join(folder, 'val.bin'), 'r+b') as f:
+                f.write(b'x')
+        return plain(step, cfg)
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(InputError, match='val.bin: changed while'):
+        patched.setattr(train, 'learning_rate', learning_rate)
+        train.train(cfg)
+    assert load_checkpoint('changing/ckpt.pt')['step'] == 4
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1052,8 +1145,10 @@ def test_any_settings_of_a_run(victim, data):
         except InputError as e:
             assert len(str(e).splitlines()) == 1, e
         else:
-            assert cfg.eval_only or load_checkpoint('new/ckpt.pt')['step'] == cfg.max_iters
-            assert not cfg.eval_only or all(map(math.isfinite, metrics.values()))
+            there = {} if cfg.eval_only else load_checkpoint('new/ckpt.pt')
+            assert cfg.eval_only or there['step'] == cfg.max_iters
+            assert all(t.isfinite().all() for t in there.get('model', {}).values())
+            assert all(map(math.isfinite, metrics.values()))
     try:
         broken(victim, 'pairs.jsonl', (victim / 'pairs.jsonl').read_bytes(), use)
     finally:

@@ -51,7 +51,7 @@ def test_two_models_side_by_side_on_the_same_seeds(models, tmp_path, capsys):
 
 def test_a_runs_validation_prompts_and_its_own_file(models):
     sample.main([str(models / 'run'), '--prompts=val', '--limit=3', '--max_new_tokens=3'])
-    found = lines(models / 'run' / 'samples.jsonl')
+    found = lines(models / 'run' / 'completions.jsonl')
     assert len(found) == 3 and all(line['prompt'].startswith('question') for line in found)
 
 
@@ -73,6 +73,26 @@ def test_prompts_from_files_and_from_the_keyboard(models, tmp_path, monkeypatch,
 def test_bad_options(models, args, message):
     with pytest.raises(InputError, match=message):
         sample.main([str(models / 'a'), *(args if 'tokenizer' in args[0] else ['--tokenizer=byte', *args])])
+
+
+@pytest.mark.parametrize('content, message', [
+    (b'{"prompt": 5}', "line 1: 'prompt' is of type int"), (b'["a"]', "line 1: no 'prompt'"),
+    (b'{"prompt": "a"}\n{"prompt": "a\\ud800"}', "line 2.*lone surrogate|'prompt' holds a lone surrogate"),
+    (b'{"prompt": ""}', "line 1: 'prompt' is empty or blank"), (b'{"prompt": "a"', 'line 1: not valid JSON'),
+    (b'{"prompt": "\xff"}', 'line 1: not valid UTF-8')])
+def test_bad_prompts_leave_what_was_written(models, tmp_path, content, message):
+    (tmp_path / 'p.jsonl').write_bytes(content)
+    (tmp_path / 'out.jsonl').write_text('before')
+    with pytest.raises(InputError, match=message) as caught:
+        sample.main([str(models / 'a'), '--tokenizer=byte', f'--prompts={tmp_path}/p.jsonl',
+                     f'--out={tmp_path}/out.jsonl'])
+    assert len(str(caught.value).splitlines()) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['out.jsonl', 'p.jsonl']
+    assert (tmp_path / 'out.jsonl').read_text() == 'before'
+    (tmp_path / 'p.txt').write_bytes(b'\xff' * 9999)
+    with pytest.raises(InputError, match='p.txt cannot be read .UnicodeDecodeError') as caught:
+        sample.main([str(models / 'a'), '--tokenizer=byte', f'--prompts={tmp_path}/p.txt'])
+    assert len(str(caught.value)) < 500
 
 
 # ------------------------------------------------------------------------------------------------------------
