@@ -257,6 +257,7 @@ def our_rounds(job):
                        tokens_per_batch=job.tokens_per_batch)
     train.settle_machine(cfg)
     model = GPT.from_pretrained(job.weights).to(cfg.device)
+    train.settle_products(model)
     pairs = [pair for batch in job.batches for pair in batch]
     reference = given_reference(pairs)
     if cfg.compile:
@@ -380,6 +381,8 @@ def trl(conn, job):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=end, bos_token=end, pad_token=end)
     model = AutoModelForCausalLM.from_pretrained(job.weights, dtype=torch.float32,
                                                  attn_implementation=job.attention)
+    if job.tuned:
+        train.settle_products(model)
     trainer = (DPO if dpo else CPO)(model=model, args=config, train_dataset=data, processing_class=tokenizer)
     done = SimpleNamespace(rounds=0, middle=0.0, reference=0.0, logps=None, loss=0.0)
     training_step = trainer.training_step
@@ -602,6 +605,7 @@ def generating(conn, job):
     train.settle_machine(train.Config(device=job.device))
     dtype, longest = getattr(torch, job.dtype), max(map(len, job.prompts))
     model = GPT.from_pretrained(job.weights).to(job.device, dtype)
+    train.settle_products(model)
     model.config.eos_token_id = -1
     if job.peer:
         from transformers import AutoModelForCausalLM

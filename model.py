@@ -122,9 +122,9 @@ def pack(pairs, pad_to=0):
 # Attention: one function; what a query sees comes in one of four forms
 
 
-def pieces_mask(batch, piece=256):
-    """A packed batch's mask as [(start, stop, (t, t) boolean mask), ...], pair by pair, short ones together
-    up to `piece` tokens: nothing is computed between pieces. For a CPU, and the plain way anywhere."""
+def pieces_mask(batch, piece=128):
+    """A packed batch's mask as [(start, stop, (t, t): 0 where visible, else -inf), ...], pair by pair, short
+    ones together up to `piece` tokens: nothing is computed between pieces. For a CPU, and the plain way."""
     cuts, T = [0], batch.tokens.numel()
     starts = batch.starts + [T] * (batch.starts[-1] < T)        # padding, if there is any, is one more
     for start, stop in zip(starts, starts[1:]):
@@ -132,8 +132,11 @@ def pieces_mask(batch, piece=256):
             cuts.append(start)
     cuts.append(T)
     index = torch.arange(cuts[-1], device=batch.tokens.device)
-    return [(start, stop, visible(batch.pair, batch.branch, index[start:stop, None], index[None, start:stop]))
-            for start, stop in zip(cuts, cuts[1:])]
+    bias = []
+    for start, stop in zip(cuts, cuts[1:]):
+        seen = visible(batch.pair, batch.branch, index[start:stop, None], index[None, start:stop])
+        bias.append((start, stop, torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, -math.inf)))
+    return bias
 
 
 def block_mask(batch, size=128):
@@ -166,13 +169,17 @@ def attention(q, k, v, mask):                # each (..., H, T, D) -> (..., H, T
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     if isinstance(mask, list):                                                   # pieces of a packed batch
         out, sizes = [], [stop - start for start, stop, _ in mask]
-        for qi, ki, vi, (_, _, seen) in zip(*(t.split(sizes, dim=1) for t in (q, k, v)), mask):
-            if q.dtype == torch.bfloat16 and q.device.type == 'cpu':
-                # in bf16 a CPU's fused attention has a backward 2 to 3 times slower than these two lines
-                scores = (qi @ ki.transpose(-2, -1)).float() / math.sqrt(q.size(-1))
-                out.append(scores.masked_fill(~seen, -math.inf).softmax(-1).to(v.dtype) @ vi)
+        for qi, ki, vi, (_, _, bias) in zip(*(t.split(sizes, dim=1) for t in (q, k, v)), mask):
+            bias = bias.to(q.dtype)
+            if q.device.type == 'cpu' and (len(bias) <= 256 or q.dtype == torch.bfloat16):
+                # a CPU's fused attention has a backward 2 to 3 times slower than these two lines; but they
+                # keep a (H, t, t) for it, and in float32 and for long pieces are no faster
+                scores = torch.baddbmm(bias.expand(len(qi), -1, -1), qi, ki.transpose(-2, -1),
+                                       alpha=1 / math.sqrt(q.size(-1)))                     # (H, t, t)
+                exact = torch.promote_types(q.dtype, torch.float32)
+                out.append(scores.softmax(-1, dtype=exact).to(v.dtype) @ vi)
             else:
-                out.append(F.scaled_dot_product_attention(qi[None], ki[None], vi[None], attn_mask=seen)[0])
+                out.append(F.scaled_dot_product_attention(qi[None], ki[None], vi[None], attn_mask=bias)[0])
         return torch.cat(out, dim=1)
     from torch.nn.attention.flex_attention import flex_attention                 # a BlockMask
     return flex_attention(q[None], k[None], v[None], block_mask=mask)[0]

@@ -150,6 +150,7 @@ def model_judge(name, device):
     train.settle_machine(cfg)
     tokenizer = get_tokenizer(cfg.tokenizer)
     model = (RewardModel if cfg.loss == 'reward' else GPT).from_pretrained(path).to(cfg.device)
+    train.settle_products(model)
     reference = None
     if train.needs_reference(cfg.loss):
         reference = GPT.from_pretrained(cfg.reference_from or cfg.init_from).to(cfg.device)

@@ -29,7 +29,7 @@ from model import GPT, find_pretrained, pack
 from prepare import InputError, Pairs, encode, first_line, get_tokenizer, parse, prepare, read_source, text_of
 from reward import load_judge, score_file
 from train import (Config, check_model, config_of, load_config, loss_parameters, needs_reference, run,
-                   settle_machine, whole)
+                   settle_machine, settle_products, whole)
 
 
 @dataclass
@@ -219,6 +219,7 @@ def main(argv):
     machine = Config(device=options.device, dtype=options.dtype)
     settle_machine(machine)
     models = [GPT.from_pretrained(name).to(machine.device) for name in names]
+    settle_products(models[0])
     for name, model in zip(names, models):
         check_model(Config(init_from=name), model, 0, tokenizer.name)
         model.config.eos_token_id = tokenizer.eot_token

@@ -492,7 +492,7 @@ def both_fall(first, now):
 def table(metrics, before):
     """Metrics as lines of text, beside what they were at the start."""
     return '\n'.join([f'{"":24}{"before":>10}{"after":>10}'] + [
-        f'{name:24}{before[name]:>10.4f}{value:>10.4f}' for name, value in metrics.items()])
+        f'{name:24}{before.get(name, math.nan):>10.4f}{value:>10.4f}' for name, value in metrics.items()])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -566,7 +566,7 @@ def learning_rate(step, cfg):
 
 
 def settle_machine(cfg):
-    """Replace 'auto' by what this machine has; make float32 products fast where that costs nothing."""
+    """Replace 'auto' by what this machine has, and keep its memory allocator from giving pages back."""
     if cfg.device == 'auto':
         cfg.device = 'cuda' if torch.cuda.is_available() else 'cpu'
     if cfg.device not in ('cuda', 'cpu') or (cfg.device == 'cuda' and not torch.cuda.is_available()):
@@ -586,9 +586,15 @@ def settle_machine(cfg):
         # oneDNN keeps what it compiled for a thousand shapes, a megabyte each, and every step has new ones
         for name in ('LRU_CACHE_CAPACITY', 'ONEDNN_PRIMITIVE_CACHE_CAPACITY'):
             os.environ.setdefault(name, '64')
-        # 'medium' lets oneDNN multiply: twice as fast on some CPUs, but bf16 on others: look before using it
+
+
+def settle_products(model):
+    """Make float32 products on a CPU fast where that costs nothing. 'medium' lets oneDNN multiply: up to twice
+    as fast for wide models, but it compiles a kernel for every new shape, which costs narrow ones half their
+    speed; and on some CPUs it multiplies in bf16: look before using it."""
+    if model.device.type == 'cpu':
         a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
-        torch.set_float32_matmul_precision('medium')
+        torch.set_float32_matmul_precision('medium' if model.config.n_embd >= 256 else 'highest')
         if (a @ b - (a.double() @ b.double())).abs().max() > 1e-4:
             torch.set_float32_matmul_precision('highest')
 
@@ -680,6 +686,7 @@ def train(cfg):
 
     # the policy and the pairs
     model = load_policy(cfg)
+    settle_products(model)
     prepared = os.path.exists(os.path.join(cfg.dataset, 'meta.json'))
     if not prepared:
         check_model(cfg, model, cfg.max_length, cfg.tokenizer)
@@ -717,7 +724,8 @@ def train(cfg):
     if cfg.resume:
         if not checkpoint.keys() >= {*state, 'optimizer', 'data', 'reference'} or any(
                 type(checkpoint[name]) is not type(value)
-                for name, value in dict(state, data=data, reference=base).items()):
+                for name, value in dict(state, data=data, reference=base).items()) or not all(
+                type(x) is float for name in ('first', 'metrics') for x in checkpoint[name].values()):
             raise InputError(f'{ckpt}: not a whole checkpoint, but weights alone')
         if checkpoint['model_config'] != dataclasses.asdict(model.config):
             raise InputError(f'{ckpt}: a model of another shape than {cfg.init_from}')

@@ -12,6 +12,7 @@ where there is none.
 import copy
 import fnmatch
 import json
+import math
 import os
 import shutil
 from dataclasses import asdict
@@ -159,8 +160,9 @@ def test_pieces_are_the_diagonal_blocks_of_the_mask(piece):
     index = torch.arange(300)
     whole = visible(batch.pair, batch.branch, index[:, None], index[None, :])
     rebuilt = torch.zeros_like(whole)
-    for start, stop, seen in pieces_mask(batch, piece):
-        rebuilt[start:stop, start:stop] = seen
+    for start, stop, bias in pieces_mask(batch, piece):
+        assert ((bias == 0) | (bias == -math.inf)).all()
+        rebuilt[start:stop, start:stop] = bias == 0
     assert torch.equal(rebuilt, whole)
 
 

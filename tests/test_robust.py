@@ -666,6 +666,7 @@ def test_interrupted_between_two_parts_of_the_reference_pass(place, monkeypatch)
     cfg, score, calls = config(dataset='parts.jsonl', out_dir='', max_iters=1), train.score, []
     train.settle_machine(cfg)
     model, pairs = GPT.from_pretrained('base'), Pairs(prepare.prepare(cfg), 'train')
+    train.settle_products(model)
 
     def interrupted(*args):
         calls.append(args)
