@@ -263,6 +263,10 @@ the optimum's reward at that KL        {f['optimum']:+.3f}   pi_ref exp(r/{f['op
 {f['effective_samples']:.0f} effective samples a prompt
 share of the optimum's gain reached    {100 * f['share']:.1f}%
 """)
+    show_samples(policy, reference, world)
+
+
+def show_samples(policy, reference, world):
     prompts = world.draw_prompts(3, seed=11)
     responses = [sample(m, prompts, 3, world) for m in (reference, policy)]
     for prompt, *both in zip(prompts, *responses):
@@ -452,20 +456,25 @@ def read_imdb(source, kind):
     return texts, np.array(labels)
 
 
-def openings(texts, tokenizer, seed, longest=200):
-    """[(prompt, rest), ...]: reviews' first sentences, up to `longest` characters, cut after 2 to 8 tokens"""
-    rng, found = np.random.default_rng(seed), []
-    for text in texts:
-        opening = ''
-        for sentence in re.split(r'(?<=[.!?])\s+', text):
-            if len(opening) + len(sentence) >= longest:
-                break
-            opening += ' ' * bool(opening) + sentence
-        ids, cut = tokenizer.encode_ordinary(opening), int(rng.integers(2, 9))
-        prompt, rest = tokenizer.decode(ids[:cut]), tokenizer.decode(ids[cut:])
-        if len(ids) > cut + 2 and prompt + rest == opening and rest.strip():    # not within a character
-            found.append((prompt, rest))
+def passages(text, longest=200):
+    """A review's sentences, as many together as fit into `longest` characters; none that do not fit."""
+    found = ['']
+    for sentence in re.split(r'(?<=[.!?])\s+', text):
+        if len(found[-1]) + len(sentence) >= longest:
+            found.append('')
+        if len(sentence) < longest:
+            found[-1] += ' ' * bool(found[-1]) + sentence
     return found
+
+
+def cut_texts(texts, tokenizer, seed):
+    """-> (prompt, rest) of each text, cut after 2 to 8 tokens as in the paper"""
+    rng = np.random.default_rng(seed)
+    for text in texts:
+        ids, cut = tokenizer.encode_ordinary(text), int(rng.integers(2, 9))
+        prompt, rest = tokenizer.decode(ids[:cut]), tokenizer.decode(ids[cut:])
+        if len(ids) > cut + 2 and prompt + rest == text and rest.strip():       # not within a character
+            yield prompt, rest
 
 
 def features(text, buckets=2**18):
@@ -506,44 +515,45 @@ def imdb(source, o):
     """The DPO paper's controlled sentiment experiment: real prompts, a base model that has learnt reviews, a
     classifier for gold reward; DPO at several beta, and SFT on the chosen, by reward and KL, with samples."""
     import plot
-    out, n_pairs = o.out or 'out/imdb', o.pairs or 10000
+    out, n_pairs = o.out or 'out/imdb', o.pairs or 20000
     os.makedirs(out, exist_ok=True)
-    tokenizer = 'gpt2' if o.base else 'gpt2:8192'
+    tokenizer = 'gpt2' if o.base else 'gpt2:4096'
     texts, labels = read_imdb(source, 'train')
     log_odds = fit_classifier(texts, labels)
     test_texts, test_labels = read_imdb(source, 'test')
     right = np.mean((log_odds(test_texts) > 0) == test_labels)
     print(f'gold reward: the log-odds of a classifier, right for {right:.1%} of {len(test_texts):,} reviews')
-    more = read_imdb(source, 'unsup')[0] if o.base else []           # enough for a small one without
-    seen = openings(texts + more, get_tokenizer(tokenizer), seed=1)
-    test = openings(test_texts, get_tokenizer(tokenizer), seed=2)
+    seen = texts + read_imdb(source, 'unsup')[0]
 
-    def draw_from(texts):
-        return lambda n, seed: [texts[i][0] for i in np.random.default_rng(seed).integers(len(texts), size=n)]
+    def draw_from(texts, seed):
+        openings = [passages(text)[0] for text in texts]
+        some = [prompt for prompt, _ in cut_texts(openings, get_tokenizer(tokenizer), seed)]
+        return lambda n, seed: [some[i] for i in np.random.default_rng(seed).integers(len(some), size=n)]
 
     def gold(prompts, responses):
         return log_odds([p + r for p, r in zip(prompts, responses)])
-    world = World(tokenizer, draw_from(test), gold, 80)
+    world = World(tokenizer, draw_from(test_texts, 2), gold, 80)
 
-    # the base model learns the openings; pairs are sampled from it, for prompts that are not the tests'
+    # the base model learns all passages; pairs are sampled from it, for prompts that are not the tests'
     folder = os.path.join(out, 'base')
     shared = [f'--tokenizer={tokenizer}', '--max_length=96', '--max_prompt_length=32', '--beta2=0.99',
-              '--eval_interval=1000000', f'--data_dir={os.path.join(out, "data")}',
+              '--eval_interval=1000', '--eval_pairs=500', f'--data_dir={os.path.join(out, "data")}',
               f'--max_iters={o.max_iters}']
     size = [f'--init_from={o.base}', '--learning_rate=5e-5'] if o.base else [
-        '--init_from=scratch', '--n_layer=4', '--n_head=4', '--n_embd=192', '--block_size=96',
-        '--learning_rate=3e-3']
-    base = train.load_config([*shared, *size, '--loss=sft', '--batch_size=64', '--warmup_iters=50',
+        '--init_from=scratch', '--n_layer=4', '--n_head=4', '--n_embd=128', '--block_size=96',
+        '--learning_rate=4e-3', '--grad_clip=0.0']
+    base = train.load_config([*shared, *size, '--loss=sft', '--batch_size=64', '--warmup_iters=100',
                               '--val_fraction=0.01', f'--out_dir={folder}'])
-    base.dataset = write_once(os.path.join(out, f'openings-{tokenizer}.jsonl'), lambda: (
-        dict(prompt=p, chosen=r) for p, r in seen))
+    base.dataset = write_once(os.path.join(out, f'passages-{tokenizer}.jsonl'), lambda: (
+        dict(prompt=p, chosen=r) for p, r in cut_texts(
+            (passage for text in seen for passage in passages(text)), get_tokenizer(tokenizer), seed=1)))
     base.resume = os.path.exists(os.path.join(folder, 'ckpt.pt'))
     train.train(base)
-    cfg = train.load_config([*shared, f'--init_from={folder}', '--learning_rate=1e-4', '--batch_size=32',
+    cfg = train.load_config([*shared, f'--init_from={folder}', '--learning_rate=2e-4', '--batch_size=32',
                              '--warmup_iters=10', '--val_fraction=0.05', '--overwrite=True'])
     train.settle_machine(cfg)
     reference = GPT.from_pretrained(folder).to(cfg.device)
-    others = dataclasses.replace(world, draw_prompts=draw_from(seen))
+    others = dataclasses.replace(world, draw_prompts=draw_from(texts, 1))
     dataset = sampled_pairs(reference, cfg, n_pairs, 1, others, 'imdb')
     rewards = reference_rewards(reference, world=world)
     keep_frontier(out, rewards)
@@ -554,7 +564,7 @@ def imdb(source, o):
             job = dict(name=name, loss=loss, options=options, seed=0, pairs=n_pairs, dataset=dataset)
             point(job, out, cfg, rewards, o.samples, world)
             policy = GPT.from_pretrained(os.path.join(out, f'run-{os.getpid()}')).to(cfg.device)
-            report(policy, cfg, world, rewards)
+            show_samples(policy, reference, world)
     plot.frontier(out)
 
 

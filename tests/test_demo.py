@@ -96,12 +96,15 @@ def test_pairs_are_labelled_by_bradley_terry(monkeypatch):
 # Real reviews
 
 
-def test_openings_are_whole_sentences_cut_after_a_few_tokens():
+def test_passages_are_whole_sentences_cut_after_a_few_tokens():
     tokenizer = demo.get_tokenizer('byte')
-    text = 'A fine film. Nobody moves! ' + 'x' * 300 + '. Never seen.'
-    (prompt, rest), = demo.openings([text, 'x' * 300, 'Hm'], tokenizer, seed=0)
-    assert prompt + rest == 'A fine film. Nobody moves!' and 2 <= len(prompt.encode()) <= 8
-    assert {len(p) for p, _ in demo.openings([text] * 200, tokenizer, seed=1)} == set(range(2, 9))
+    text = 'A fine film. Nobody moves! ' + 'x' * 300 + '. ' + ' '.join(['Never seen.'] * 20)
+    first, *more = demo.passages(text)
+    assert first == 'A fine film. Nobody moves!' and {s for p in more for s in p.split('. ')} == {'Never seen', 'Never seen.'}
+    assert sum(p.count('seen') for p in more) == 20 and max(map(len, more)) <= 200 and len(more) == 2
+    (prompt, rest), = demo.cut_texts([first, 'Hm', ''], tokenizer, seed=0)
+    assert prompt + rest == first and 2 <= len(prompt.encode()) <= 8
+    assert {len(p) for p, _ in demo.cut_texts([text] * 200, tokenizer, seed=1)} == set(range(2, 9))
 
 
 def test_classifier_learns_which_words_praise():
@@ -126,7 +129,7 @@ def test_imdb_from_reviews_to_a_picture(tmp_path, capsys, gpt2, monkeypatch):
                 text = ' '.join(f'The {a} was {w}.<br /><br />' for a, w in zip(rng.permutation(demo.ASPECTS), rng.choice(words, 4)))
                 f.write(json.dumps(dict(label=kind.split('_')[1], text=text)) + '\n')
     monkeypatch.setattr(demo, 'sample', lambda model, prompts, seed, world, real=demo.sample: [
-        [*t[:10], 8192] for t in real(model, prompts, seed, world)])
+        [*t[:10], 4096] for t in real(model, prompts, seed, world)])
     monkeypatch.setattr(demo, 'reference_rewards', functools.partial(demo.reference_rewards, prompts=2, samples=4))
     demo.main(['imdb', str(tmp_path / 'imdb'), f'--out={tmp_path / "out"}', '--pairs=40', '--max_iters=1', '--samples=2',
                '--only=dpo beta=1'])

@@ -198,6 +198,38 @@ def test_killed_between_the_two_checkpoints(place, monkeypatch):
     assert_same_run(place / 'both', place / 'between')
 
 
+@pytest.mark.parametrize('changed', [
+    dict(loss='simpo'), dict(loss='sft'), dict(loss='reward'), dict(loss='orpo', val_fraction=0.0),
+    dict(dtype='bfloat16', tokens_per_batch=128), dict(reference='live', eval_samples=4, max_length=56)],
+    ids=lambda changed: ' '.join(map(str, changed.values())))
+def test_every_kind_of_run_goes_on_bit_for_bit(place, changed):
+    """Interrupted between two evaluations, as by a signal, and resumed."""
+    name = '-'.join(map(str, changed.values()))
+    train.train(config(out_dir=f'{name}-whole', **changed))
+    handlers = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
+    plain = train.learning_rate
+
+    def learning_rate(step, cfg):
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(step, cfg)
+    try:
+        with pytest.MonkeyPatch.context() as patched, pytest.raises(SystemExit):
+            patched.setattr(train, 'learning_rate', learning_rate)
+            train.train(config(out_dir=f'{name}-half', **changed))
+    finally:
+        for s, handler in handlers:
+            signal.signal(s, handler)
+    assert load_checkpoint(f'{name}-half/ckpt.pt')['step'] == 7
+    train.train(config(out_dir=f'{name}-half', resume=True, **changed))
+    for folder in (place / f'{name}-whole', place / f'{name}-half'):
+        samples = folder / 'samples.jsonl'
+        assert samples.exists() == ('eval_samples' in changed)
+        samples.unlink(missing_ok=True)
+        (folder / 'eval.jsonl').touch()                  # none where there is nothing to validate
+    assert_same_run(place / f'{name}-whole', place / f'{name}-half')
+
+
 def test_a_log_that_lost_its_end_is_not_filled_up(place):
     """A machine that loses power can lose what was not forced to the disk."""
     train.train(config(out_dir='power', max_iters=4))
