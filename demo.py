@@ -41,6 +41,7 @@ from typing import Callable
 import numpy as np
 import torch
 
+import plot
 import reward
 import train
 from model import GPT, pack
@@ -147,7 +148,7 @@ def text_of(tokens, world=FILMS):
 
 def draw_pairs(model, n, seed=1, world=FILMS):
     """n pairs of the model's own responses, labelled by Bradley-Terry: P(a beats b) = sigma(r(a) - r(b))."""
-    rng = np.random.default_rng(seed)
+    rng, encode = np.random.default_rng(seed), get_tokenizer(world.tokenizer).encode_ordinary
     while n > 0:
         prompts = world.draw_prompts(min(n, 4096), seed=rng.integers(2**31))
         drawn = sample(model, prompts * 2, seed=int(rng.integers(2**31)), world=world)
@@ -155,8 +156,9 @@ def draw_pairs(model, n, seed=1, world=FILMS):
         rewards = world.reward(prompts * 2, texts)
         for i, prompt in enumerate(prompts):
             j = i + len(prompts)
-            if texts[i] == texts[j] or not all(ended[k] and texts[k].strip() for k in (i, j)):
-                continue    # no comparison, or a response without an end: drawn again
+            if texts[i] == texts[j] or not all(ended[k] and texts[k].strip() and encode(texts[k]) ==
+                                               drawn[k][:-1] for k in (i, j)):
+                continue    # no comparison, no end, or tokens that no text has: drawn again
             w, l = (i, j) if rng.random() < 1 / (1 + math.exp(rewards[j] - rewards[i])) else (j, i)
             yield dict(prompt=prompt, chosen=texts[w], rejected=texts[l])
             n -= 1
@@ -189,20 +191,25 @@ def tilted(rewards, beta):
     """Samples of the reference, (prompts, samples) of their rewards, weighted by exp(r/beta) for each prompt.
 
     -> (expected reward of pi*, its KL from the reference in nats, effective sample size per prompt), means
-    over the prompts. KL(pi*||pi_ref) = E*[r]/beta - log Z, with Z estimated by the mean of exp(r/beta).
+    over the prompts, the last a harmonic one, as errors go by 1/size. KL(pi*||pi_ref) = E*[r]/beta - log Z,
+    with Z estimated by the mean of exp(r/beta); log of a mean of n is too low by about 1/(2 size), and so
+    is the frontier by beta times that.
     """
     logits = rewards / beta
     top = logits.max(1, keepdims=True)
     log_z = np.log(np.exp(logits - top).mean(1)) + top[:, 0]
     weights = np.exp(logits - log_z[:, None]) / rewards.shape[1]                # sum to one for each prompt
     reward = (weights * rewards).sum(1)
-    return reward.mean(), (reward / beta - log_z).mean(), (1 / (weights**2).sum(1)).mean()
+    return reward.mean(), (reward / beta - log_z).mean(), 1 / (weights**2).sum(1).mean()
 
 
 def frontier_at(rewards, kl):
-    """The optimum whose KL is `kl`: (expected reward, beta, effective sample size), by bisection."""
+    """The optimum whose KL is `kl`: (expected reward, beta, effective sample size), by bisection. Not a
+    number where it is beyond what these samples can tell: none of n has a KL above log n."""
     low, high = math.log(0.01), math.log(1000.0)
-    for _ in range(60):
+    if tilted(rewards, math.exp(low))[1] < kl:
+        return math.nan, math.nan, math.nan
+    for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if tilted(rewards, math.exp(middle))[1] > kl else (low, middle)
     reward, _, size = tilted(rewards, math.exp(high))
@@ -226,11 +233,19 @@ def standard_error(x):
     return float(np.sqrt((x.var(1, ddof=1) / x.shape[1]).mean() / x.shape[0]))
 
 
+def share_of(rewards, ours, kl):
+    """The share of the optimum's gain over the reference, at the policy's own KL: (share, optimum)."""
+    best = frontier_at(rewards, max(kl, 0.0))[0]
+    return (ours - rewards.mean()) / (best - rewards.mean()) if best > rewards.mean() else math.nan, best
+
+
 @torch.no_grad()
 def place(policy, reference, rewards, device, samples=128, seed=7, world=FILMS):
     """Where a policy lies beside the frontier of `rewards` (reference_rewards) -> a dictionary of figures.
 
     KL(pi||pi_ref), of whole responses, is the mean of log pi/pi_ref over responses that the policy wrote.
+    Errors are standard errors over samples, the prompts being given; those of the optimum and of the share
+    by drawing the samples of both models anew (bootstrap).
     """
     prompts = world.draw_prompts(len(rewards), seed)
     repeated = [p for p in prompts for _ in range(samples)]
@@ -242,12 +257,19 @@ def place(policy, reference, rewards, device, samples=128, seed=7, world=FILMS):
         logps = [m.score_responses(batch) for m in (policy, reference)]
         ratio.append((logps[0] - logps[1])[:, 0].double().cpu().numpy())
     ratio = np.concatenate(ratio).reshape(len(prompts), -1)
-    before, after, kl = float(rewards.mean()), float(ours.mean()), float(ratio.mean())
-    best, beta, size = frontier_at(rewards, max(kl, 0.0))
-    return dict(before=before, before_error=standard_error(rewards), reward=after,
-                reward_error=standard_error(ours), kl=kl, kl_error=standard_error(ratio), optimum=float(best),
-                optimum_beta=beta, effective_samples=float(size),
-                share=(after - before) / (best - before) if best > before else math.nan)
+    kl, rng, again = float(ratio.mean()), np.random.default_rng(seed), []
+    for _ in range(25):
+        i, j = (rng.integers(x.shape[1], size=x.shape) for x in (rewards, ours))
+        theirs, mine, of_mine = (np.take_along_axis(*x, 1) for x in ((rewards, i), (ours, j), (ratio, j)))
+        again.append(share_of(theirs, mine.mean(), of_mine.mean()))
+    share, best = share_of(rewards, ours.mean(), kl)
+    share_error, optimum_error = np.std(again, axis=0, ddof=1)
+    _, beta, size = frontier_at(rewards, max(kl, 0.0))
+    return {name: float(x) for name, x in dict(
+        before=rewards.mean(), before_error=standard_error(rewards), reward=ours.mean(),
+        reward_error=standard_error(ours), kl=kl, kl_error=standard_error(ratio), optimum=best,
+        optimum_error=optimum_error, optimum_beta=beta, effective_samples=size, share=share,
+        share_error=share_error).items()}
 
 
 def report(policy, cfg, world=FILMS, rewards=None):
@@ -259,9 +281,9 @@ def report(policy, cfg, world=FILMS, rewards=None):
 mean gold reward of the reference      {f['before']:+.3f} +- {f['before_error']:.3f}
                  of the policy         {f['reward']:+.3f} +- {f['reward_error']:.3f}
 KL(policy||reference), sampled         {f['kl']:.3f} +- {f['kl_error']:.3f} nats
-the optimum's reward at that KL        {f['optimum']:+.3f}   pi_ref exp(r/{f['optimum_beta']:.2f})/Z, \
-{f['effective_samples']:.0f} effective samples a prompt
-share of the optimum's gain reached    {100 * f['share']:.1f}%
+the optimum's reward at that KL        {f['optimum']:+.3f} +- {f['optimum_error']:.3f}   \
+pi_ref exp(r/{f['optimum_beta']:.2f})/Z, {f['effective_samples']:.0f} effective samples a prompt
+share of the optimum's gain reached    {100 * f['share']:.1f} +- {100 * f['share_error']:.1f}%
 """)
     show_samples(policy, reference, world)
 
@@ -280,8 +302,9 @@ def show_samples(policy, reference, world):
 # Experiments: many short runs, each placed beside the frontier, as many at a time as there are cores
 
 FRONTIER = [('dpo', dict(beta=beta)) for beta in (0.3, 0.5, 1.0, 2.0, 4.0)]
-FRONTIER += [('simpo', dict(beta=beta, gamma=gamma, learning_rate=1e-5))
-             for beta, gamma in ((2.0, 0.5), (2.0, 1.5), (5.0, 0.5), (10.0, 0.5))]
+FRONTIER += [('simpo', dict(beta=beta, gamma=gamma, learning_rate=rate)) for beta, gamma, rate in (
+    (2.0, 0.5, 1e-5), (2.0, 1.5, 1e-5), (5.0, 0.5, 1e-5), (10.0, 0.5, 1e-5), (2.0, 0.5, 3e-5),
+    (2.0, 0.5, 1e-4))]
 FRONTIER += [('sft', {}), ('robust_dpo', dict(beta=1.0, label_smoothing=0.1)), ('ipo', dict(beta=0.3)),
              ('rdpo', dict(beta=1.0, alpha=0.02)), ('kto', dict(beta=1.0)),
              ('dpo', dict(beta=1.0, label_smoothing=0.1)), ('orpo', dict(beta=1.0, learning_rate=1e-5)),
@@ -291,12 +314,31 @@ FRONTIER += [('sft', {}), ('robust_dpo', dict(beta=1.0, label_smoothing=0.1)), (
 
 
 def title(loss, options):
-    return ' '.join([loss, *(f'{k}={v:g}' for k, v in options.items() if k != 'learning_rate')])
+    return ' '.join([loss, *(f'{k.replace("learning_rate", "rate")}={v:g}' for k, v in options.items())])
 
 
-def read_results(out):
-    path = os.path.join(out, 'results.jsonl')
-    return [json.loads(line) for line in open(path)] if os.path.exists(path) else []
+def left_to_do(jobs, out, **shared):
+    """The jobs, with what they share, that have no line in the experiment's results. Raises InputError where
+    there is a line of that name, but from other settings, or of another base model."""
+    path, left = os.path.join(out, 'results.jsonl'), []
+    lines = plot.read_jsonl(path) if os.path.exists(path) else []
+    for job in jobs:
+        there = [line for line in lines if (line['name'], line['seed']) == (job['name'], job['seed'])]
+        for name, value in (job | shared).items():
+            for line in there:
+                if line.get(name) != value:
+                    raise InputError(f'{path}: {job["name"]!r} has {name} = {line.get(name)!r} there, and '
+                                     f'{value!r} here; --out=... keeps the two apart')
+        left += [] if there else [job]
+    return left
+
+
+def chosen(only, names):
+    """--only: the setting of that very name, else all whose name has it in it."""
+    found = [name for name in names if name == only] or [name for name in names if only in name]
+    if not found:
+        raise InputError(f'only: {only!r} is in none of {", ".join(names)}')
+    return found
 
 
 def point(job, out, base, rewards, samples, world=FILMS):
@@ -310,12 +352,13 @@ def point(job, out, base, rewards, samples, world=FILMS):
         (reward.train_rounds if cfg.rounds else train.train)(cfg)
     policy = os.path.join(folder, f'round-{cfg.rounds}') if cfg.rounds else folder
     policy, reference = (GPT.from_pretrained(m).to(cfg.device) for m in (policy, cfg.init_from))
-    line = dict(job, **place(policy, reference, rewards, cfg.device, samples=samples, world=world),
+    line = dict(job, samples=samples, reference=train.fingerprint(reference),
+                **place(policy, reference, rewards, cfg.device, samples=samples, world=world),
                 seconds=time.perf_counter() - started)
     with open(os.path.join(out, 'results.jsonl'), 'a') as f:
         f.write(json.dumps(line) + '\n')
     print('{name:32} seed {seed}  reward {reward:+.3f} +- {reward_error:.3f}  KL {kl:6.3f} +- {kl_error:.3f}'
-          '  share {share:6.1%}  {seconds:4.0f} s'.format(**line), flush=True)
+          '  share {share:6.1%} +- {share_error:.1%}  {seconds:4.0f} s'.format(**line), flush=True)
     return line
 
 
@@ -324,7 +367,7 @@ class Options:
     out: str = ''        # the experiment's folder; empty: out/ and its name
     seeds: int = 2       # runs of each setting
     pairs: int = 0       # per run; 0: the experiment's own number
-    only: str = ''       # settings whose name has this in it, like "dpo beta=1"
+    only: str = ''       # a setting's name, like "dpo beta=1", or what several names have in them, like dpo
     max_iters: int = 0   # steps of a run; 0: one epoch
     samples: int = 128   # responses of a policy to each of 32 prompts
     base: str = ''       # imdb: a model to start from, like gpt2; empty: a small one from scratch
@@ -348,10 +391,11 @@ def experiment(name, settings, o):
     os.makedirs(out, exist_ok=True)
     rewards = reference_rewards(reference)
     keep_frontier(out, rewards)
-    done = {(line['name'], line['seed']) for line in read_results(out)}
-    jobs = [dict(name=name, loss=loss, options=dict(options, max_iters=o.max_iters), pairs=n, seed=seed)
-            for seed in range(o.seeds) for name, loss, options, n in settings
-            if o.only in name and (name, seed) not in done]
+    some = chosen(o.only, [name for name, *_ in settings])
+    jobs = left_to_do([
+        dict(name=name, loss=loss, options=dict(options, max_iters=o.max_iters), pairs=n, seed=seed)
+        for seed in range(o.seeds) for name, loss, options, n in settings if name in some],
+        out, samples=o.samples, reference=train.fingerprint(reference))
     if not jobs:
         return out
     if len(jobs) == 1:
@@ -382,14 +426,12 @@ def keep_frontier(out, rewards):
 
 def frontier(o):
     """Every objective on the plane of gold reward and KL, beside the frontier."""
-    import plot
     n = o.pairs or 6000
     plot.frontier(experiment('frontier', [(title(*s), *s, n) for s in FRONTIER], o))
 
 
 def betas(o):
     """DPO's sweep over beta: the reward, the KL and the share of the optimum's gain that each comes to."""
-    import plot
     n = o.pairs or 6000
     settings = [(loss, options) for loss, options in FRONTIER if loss == 'dpo' and set(options) == {'beta'}]
     plot.betas(experiment('frontier', [(title(*s), *s, n) for s in settings], o))    # points of that picture
@@ -397,7 +439,6 @@ def betas(o):
 
 def pairs(o):
     """DPO at beta = 1 with more and more pairs: how much of the optimum's gain it reaches."""
-    import plot
     n = o.pairs or 30000
     sizes = [n // 30, n // 10, n // 3, n]
     plot.pairs(experiment('pairs', [(f'{size} pairs', 'dpo', dict(beta=1.0), size) for size in sizes], o))
@@ -405,7 +446,6 @@ def pairs(o):
 
 def rounds(o):
     """As many pairs in one on-policy round or more. The labels are drawn, as everywhere here, by chance."""
-    import plot
     n, options = o.pairs or 6000, dict(beta=1.0, judge='gold', labels='sample')
     plot.frontier(experiment('rounds', [
         (f'{k} rounds of {n // k} pairs', 'dpo', options | dict(rounds=k, round_pairs=n // k), n)
@@ -414,7 +454,6 @@ def rounds(o):
 
 def sft(o):
     """DPO and SFT on the same pairs, step by step: what each does to chosen, rejected, KL and length."""
-    import plot
     out = o.out or 'out/sft'
     base = train.load_config(['config/dpo_demo.py', '--overwrite=True', '--eval_interval=20',
                               '--eval_samples=64', f'--max_iters={o.max_iters}'])
@@ -514,7 +553,6 @@ def fit_classifier(texts, labels, epochs=4, buckets=2**18):
 def imdb(source, o):
     """The DPO paper's controlled sentiment experiment: real prompts, a base model that has learnt reviews, a
     classifier for gold reward; DPO at several beta, and SFT on the chosen, by reward and KL, with samples."""
-    import plot
     out, n_pairs = o.out or 'out/imdb', o.pairs or 20000
     os.makedirs(out, exist_ok=True)
     tokenizer = 'gpt2' if o.base else 'gpt2:4096'
@@ -541,7 +579,7 @@ def imdb(source, o):
               f'--max_iters={o.max_iters}']
     size = [f'--init_from={o.base}', '--learning_rate=5e-5'] if o.base else [
         '--init_from=scratch', '--n_layer=4', '--n_head=4', '--n_embd=128', '--block_size=96',
-        '--learning_rate=4e-3', '--grad_clip=0.0']
+        '--learning_rate=4e-3', '--grad_clip=0.0', *['--epochs=0.5'] * (not o.max_iters)]
     base = train.load_config([*shared, *size, '--loss=sft', '--batch_size=64', '--warmup_iters=100',
                               '--val_fraction=0.01', f'--out_dir={folder}'])
     base.dataset = write_once(os.path.join(out, f'passages-{tokenizer}.jsonl'), lambda: (
@@ -557,14 +595,14 @@ def imdb(source, o):
     dataset = sampled_pairs(reference, cfg, n_pairs, 1, others, 'imdb')
     rewards = reference_rewards(reference, world=world)
     keep_frontier(out, rewards)
-    done = {line['name'] for line in read_results(out)}
-    for loss, options in [('dpo', dict(beta=beta)) for beta in (0.5, 1.0, 2.0)] + [('sft', {})]:
-        name = title(loss, options)
-        if o.only in name and name not in done:
-            job = dict(name=name, loss=loss, options=options, seed=0, pairs=n_pairs, dataset=dataset)
-            point(job, out, cfg, rewards, o.samples, world)
-            policy = GPT.from_pretrained(os.path.join(out, f'run-{os.getpid()}')).to(cfg.device)
-            show_samples(policy, reference, world)
+    settings = {title(*s): s for s in [('dpo', dict(beta=b)) for b in (0.5, 1.0, 2.0)] + [('sft', {})]}
+    for job in left_to_do([
+            dict(name=name, loss=settings[name][0], options=settings[name][1], seed=0, pairs=n_pairs)
+            for name in chosen(o.only, settings)], out, samples=o.samples,
+            reference=train.fingerprint(reference)):
+        point(job | dict(dataset=dataset), out, cfg, rewards, o.samples, world)
+        policy = GPT.from_pretrained(os.path.join(out, f'run-{os.getpid()}')).to(cfg.device)
+        show_samples(policy, reference, world)
     plot.frontier(out)
 
 
@@ -575,6 +613,10 @@ def main(argv):
         raise InputError(f'usage: python demo.py {"|".join(commands)} [--name=value ...]; imdb takes a '
                          'folder, or stanfordnlp/imdb')
     o = train.load_config(argv[1:], Options())
+    takes = dict(sft={'out', 'pairs', 'max_iters'}, imdb={f.name for f in dataclasses.fields(o)} - {'seeds'})
+    all_but_imdb = {'out', 'seeds', 'pairs', 'only', 'max_iters', 'samples'}
+    for name in sorted(o.given - takes.get(argv[0], all_but_imdb)):
+        raise InputError(f'{name}: ignored by {argv[0]}')
     for name, least in dict(seeds=1, pairs=0, max_iters=0, samples=2).items():
         if getattr(o, name) < least:
             raise InputError(f'{name}: {getattr(o, name)} is less than {least}')

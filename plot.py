@@ -64,8 +64,11 @@ def frontier(folder, path=None):
         curve = json.load(f)
     lines = read_jsonl(os.path.join(folder, 'results.jsonl'))
     fig, ((ax,),) = figure(1, 1, 7.5, 5)
-    ax.plot([c['kl'] for c in curve], [c['reward'] for c in curve], 'k-', lw=1.5,
-            label=r'the optimum, $\pi_{ref}\,\exp(r/\beta)/Z$')
+    for style, label, some in (
+            ('k-', r'the optimum, $\pi_{ref}\,\exp(r/\beta)/Z$', lambda size: size >= 20),
+            ('k:', 'the same, from fewer than 20 effective samples', lambda size: size < 25)):
+        points = [(c['kl'], c['reward']) for c in curve if some(c['effective_samples'])]
+        ax.plot(*zip(*points), style, lw=1.5, label=label) if points else None
     losses = list(dict.fromkeys(line['loss'] for line in lines))
     for k, loss in enumerate(losses):
         some = [line for line in lines if line['loss'] == loss]
@@ -73,7 +76,7 @@ def frontier(folder, path=None):
             'kl', 'reward', 'kl_error', 'reward_error'))
         ax.errorbar(kl, reward, 2 * reward_error, 2 * kl_error, fmt='osD^v<>ph*XP'[k % 12], ms=5, lw=0.8,
                     label=loss, alpha=0.85)
-    ax.set(xlabel=r'KL($\pi\,\|\,\pi_{ref}$) of whole reviews, nats', ylabel='expected gold reward',
+    ax.set(xlabel=r'KL($\pi\,\|\,\pi_{ref}$) of whole responses, nats', ylabel='expected gold reward',
            xscale='log', xlim=(0.05, 1.3 * max(0.1, *(r['kl'] for r in lines))))
     ax.legend(fontsize=7, loc='upper left')
     ax.grid(alpha=0.25)
@@ -90,11 +93,14 @@ def betas(folder, path=None):
     for ax, key, label in zip(axes.flat, ('reward', 'kl', 'share'), (
             'expected gold reward', r'KL($\pi\,\|\,\pi_{ref}$), nats', "share of the optimum's gain")):
         x = [line['options']['beta'] for line in lines]
-        ax.plot(x, [line[key] for line in lines], 'o', color='C3', ms=4)
+        ax.errorbar(x, [line[key] for line in lines], [2 * line[f'{key}_error'] for line in lines], fmt='o',
+                    color='C3', ms=4, lw=0.8)
         if key == 'reward':
             ax.plot(x, [line['optimum'] for line in lines], 'k_', ms=9, label='the optimum at that KL')
             ax.legend(fontsize=7)
         ax.set(xscale='log', xlabel=r'$\beta$', title=label)
+        ax.set_xticks(sorted(set(x)), [f'{beta:g}' for beta in sorted(set(x))])
+        ax.minorticks_off()
         ax.grid(alpha=0.25)
     fig.savefig(path, dpi=120)
     print(f'-> {path}')
@@ -105,7 +111,8 @@ def pairs(folder, path=None):
     path = path or os.path.join(folder, 'pairs.png')
     lines = read_jsonl(os.path.join(folder, 'results.jsonl'))
     fig, ((ax,),) = figure(1, 1, 5, 3.4)
-    ax.plot([r['pairs'] for r in lines], [100 * r['share'] for r in lines], 'o', color='C3')
+    ax.errorbar([r['pairs'] for r in lines], [100 * r['share'] for r in lines],
+                [200 * r['share_error'] for r in lines], fmt='o', color='C3')
     ax.set(xscale='log', xlabel='pairs', ylabel="share of the optimum's gain\nat the policy's own KL, %",
            ylim=(None, 102))
     ax.axhline(100, color='k', lw=1)

@@ -153,7 +153,7 @@ def model_judge(name, device):
     train.settle_products(model)
     reference = None
     if train.needs_reference(cfg.loss):
-        reference = GPT.from_pretrained(cfg.reference_from or cfg.init_from).to(cfg.device)
+        reference = train.load_reference(path, cfg)
 
     def tokens_of(prompt, responses):
         prompt = encode(tokenizer, prompt, 'prompt')[-cfg.max_prompt_length:]
@@ -220,7 +220,8 @@ def as_record(prompt, responses, p=1.0):
 
 def accept(rewards, beta, rng):
     """Rejection sampling (Liu et al. 2023, arXiv:2309.06657): which of n samples of pi_ref to keep, each with
-    probability exp((r - max r) / beta), to have samples of pi_ref exp(r/beta) / Z."""
+    probability exp((r - max r) / beta), to have samples of pi_ref exp(r/beta) / Z. Exactly so where max r
+    is the largest reward that there is; here it is the largest of the n, so few samples tilt too little."""
     return rng.random(len(rewards)) < np.exp((rewards - rewards.max()) / beta)
 
 
@@ -236,11 +237,17 @@ class Options:
 
 def read_texts(path, template, grouped):
     """-> [(prompt, responses), ...] of records or completions in a file; `grouped`: one entry to a prompt."""
-    found, groups = [], {}
+    found, groups, models, unfinished = [], {}, set(), 0
     for where, raw in read_source(path):
         try:
             record = parse(raw)
             if isinstance(record, dict) and 'response' in record:
+                models.add(record.get('model'))
+                if grouped and len(models) > 1:
+                    raise InputError('a file with completions of more than one model')
+                if grouped and (record.get('ended') is False or not str(record['response']).strip()):
+                    unfinished += 1         # prepare.py would end them where they were cut off
+                    continue
                 prompt, responses = text_of(record, 'prompt'), [str(record['response'])]
             else:
                 prompt, responses, *_ = read_record(record, template)
@@ -251,6 +258,8 @@ def read_texts(path, template, grouped):
         else:
             groups[prompt] = responses
             found.append((prompt, responses))
+    if unfinished:
+        print(f'{path}: {unfinished:,} completions without an end, or empty, left out')
     if not found:
         raise InputError(f'{path}: no record in it')
     return found
@@ -290,7 +299,8 @@ def main(argv):
         raise InputError(f'beta: {o.beta} is not above 0')
     if o.labels not in ('best', 'sample', 'soft'):
         raise InputError(f"labels: {o.labels!r} is not one of 'best', 'sample', 'soft'")
-    out = o.out or f'{path.split(".")[0]}-{verb}.jsonl'
+    folder, name_of_file = os.path.split(path)
+    out = o.out or os.path.join(folder, f'{name_of_file.split(".")[0]}-{verb}.jsonl')
     judge, rng = load_judge(name, o.device), np.random.default_rng(o.seed)
     if verb == 'score':
         return print(score_file(judge, path, out, o.template))
@@ -304,8 +314,8 @@ def main(argv):
         elif verb == 'best':
             records.append(as_record(prompt, [responses[int(rewards.argmax())]]))
         elif verb == 'reject':
-            kept = accept(rewards, o.beta, rng)
-            records += [as_record(prompt, [r]) for r, keep in zip(responses, kept) if keep]
+            first = int(accept(rewards, o.beta, rng).argmax())     # one to a prompt, or easy ones count more
+            records.append(as_record(prompt, [responses[first]]))
         elif len(set(responses)) > 1:
             order, p = ranked(rewards, o.labels, rng)
             records.append(as_record(prompt, [responses[i] for i in order], p))
@@ -345,13 +355,16 @@ def draw_round(policy, prompts, judge, cfg, seed):
 def train_rounds(cfg):
     """cfg.rounds times: sample from the newest policy, let the judge label, train on that. -> last metrics
 
-    The reference stays what the first round began with, so the optimum stays pi_ref exp(r/beta) / Z. A round
+    The reference stays what the first round began with, so with labels 'sample' or 'soft' the optimum stays
+    pi_ref exp(r/beta) / Z ('best' has no doubt in it, so that beta alone holds the policy back). A round
     has a folder in out_dir, beside the file of its pairs; --resume=True goes on in the one that was cut off.
     """
     import train
     from demo import write_once
     if train.WORLD > 1:
         raise InputError('rounds: for one process only')
+    if cfg.eval_only:
+        raise InputError('eval_only: ignored with rounds; evaluate a round by its folder')
     train.settle_machine(cfg)
     train.load_policy(cfg)                              # so that init_config's model is there
     pairs, tokenizer = Pairs(prepare(cfg), 'train'), get_tokenizer(cfg.tokenizer)
@@ -371,7 +384,7 @@ def train_rounds(cfg):
         del policy
         run = dataclasses.replace(
             cfg, rounds=0, judge='', dataset=path, split='', template='', init_from=newest, init_config='',
-            reference_from=cfg.init_from, out_dir=out, seed=cfg.seed + k,
+            reference_from=cfg.reference_from or cfg.init_from, out_dir=out, seed=cfg.seed + k,
             resume=cfg.resume and os.path.exists(ckpt))
         run.given = cfg.given
         metrics, newest = train.train(run), out

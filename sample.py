@@ -28,8 +28,8 @@ import torch
 from model import GPT, find_pretrained, pack
 from prepare import InputError, Pairs, encode, first_line, get_tokenizer, parse, prepare, read_source, text_of
 from reward import load_judge, score_file
-from train import (Config, check_model, config_of, load_config, loss_parameters, needs_reference, run,
-                   settle_machine, settle_products, whole)
+from train import (Config, check_model, config_of, load_config, load_reference, loss_parameters,
+                   needs_reference, run, settle_machine, settle_products, whole)
 
 
 @dataclass
@@ -203,6 +203,8 @@ def main(argv):
         raise InputError('prompt, prompts: give one of the two')
     if options.response and not options.credit:
         raise InputError('response: ignored without credit')
+    if options.credit and options.n > 1:
+        raise InputError('n: ignored with credit')
     if options.score:
         asked = {'score', 'out', 'template', 'device'}
         if options.given - asked:
@@ -219,6 +221,9 @@ def main(argv):
     machine = Config(device=options.device, dtype=options.dtype)
     settle_machine(machine)
     models = [GPT.from_pretrained(name).to(machine.device) for name in names]
+    if options.credit and not options.compare:
+        trained.device = machine.device
+        models[1] = load_reference(find_pretrained(names[0]), trained)     # or what has changed since
     settle_products(models[0])
     for name, model in zip(names, models):
         check_model(Config(init_from=name), model, 0, tokenizer.name)

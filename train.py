@@ -589,9 +589,9 @@ def settle_machine(cfg):
 
 
 def settle_products(model):
-    """Make float32 products on a CPU fast where that costs nothing. 'medium' lets oneDNN multiply: up to twice
-    as fast for wide models, but it compiles a kernel for every new shape, which costs narrow ones half their
-    speed; and on some CPUs it multiplies in bf16: look before using it."""
+    """Make float32 products on a CPU fast where that costs nothing. 'medium' lets oneDNN multiply: twice as
+    fast for wide models on some CPUs, but it compiles a kernel for every new shape, which costs narrow ones
+    half their speed; and on others it multiplies in bf16: look before using it."""
     if model.device.type == 'cpu':
         a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
         torch.set_float32_matmul_precision('medium' if model.config.n_embd >= 256 else 'highest')
@@ -628,6 +628,15 @@ def load_policy(cfg):
                 say(f'note: {cfg.init_from} was trained for {there["step"]} steps, and '
                     f'{cfg.init_config} says {base.max_iters}')
     return kind.from_pretrained(cfg.init_from).to(cfg.device)
+
+
+def load_reference(path, cfg):
+    """The reference of the run whose checkpoint and Config these are, on cfg.device."""
+    name = cfg.reference_from or cfg.init_from
+    reference, was = GPT.from_pretrained(name).to(cfg.device), load_checkpoint(path).get('reference')
+    if was and was != fingerprint(reference):
+        raise InputError(f'{name}: not the reference that {path} was trained with; it has changed since')
+    return reference
 
 
 def check_model(cfg, model, max_length, tokenizer):

@@ -6,7 +6,7 @@
 #   python train.py config/rounds_demo.py --judge=mine.py:kindness   # yours: kindness(prompt, [response, ...]) -> numbers
 #
 # Data: the prompts of config/dpo_demo.py's pairs; nothing to download. Expect two to three minutes on two cores, and
-# a share of the optimum's gain above one round's on as many pairs (LOG.md).
+# nine tenths of the optimum's gain, as one round gets from as many pairs (LOG.md).
 
 out_dir = 'out/rounds_demo'
 overwrite = True

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import demo
+import plot
 from model import GPT, GPTConfig
 from prepare import InputError
 
@@ -80,6 +81,77 @@ def test_the_reference_lies_at_the_beginning_of_the_frontier(model):
     assert rewards.shape == (3, 6) and f['kl'] == pytest.approx(0, abs=1e-6) and f['kl_error'] < 1e-6
 
 
+def test_place_is_exact_where_every_response_can_be_counted():
+    """Responses of one token: reward, KL and the optimum are sums over 257 of them."""
+    torch.manual_seed(0)
+    policy, reference = (GPT(GPTConfig(64, 257, 1, 1, 16, eos_token_id=256)) for _ in range(2))
+    with torch.no_grad():
+        for m in (policy, reference):
+            m.wte.weight.mul_(20)
+    world = demo.World('byte', lambda n, seed: ['ab', 'c'][:n], lambda prompts, responses: np.array(
+        [ord((r or 'a')[0]) % 5 / 2 + (p == 'c') for p, r in zip(prompts, responses)]), 1)
+    rewards = demo.reference_rewards(reference, prompts=2, samples=4000, world=world)
+    f = demo.place(policy, reference, rewards, 'cpu', samples=4000, world=world)
+    exact = []
+    for prompt in ('ab', 'c'):
+        pi, ref = (m(torch.tensor([list(prompt.encode())]))[0, -1].double().softmax(-1).detach().numpy()
+                   for m in (policy, reference))
+        texts = [demo.text_of([t], world)[0] for t in range(257)]
+        r = world.reward([prompt] * 257, texts)
+        exact.append((pi @ r, pi @ np.log(pi / ref), ref @ r, r, ref))
+    reward, kl, before = (np.mean([e[i] for e in exact]) for i in range(3))
+    assert kl > 0.05 and abs(reward - before) > 0.02                     # or the test would tell nothing
+    for name, value in dict(reward=reward, kl=kl, before=before).items():
+        assert abs(f[name] - value) < 4 * f[f'{name}_error'] < 0.2, name
+    low, high = 1e-2, 1e3                                                # the optimum of that KL, by its sums
+    for _ in range(60):
+        beta = math.sqrt(low * high)
+        best = [ref * np.exp(r / beta) / (ref @ np.exp(r / beta)) for *_, r, ref in exact]
+        far = np.mean([b @ np.log(b / e[4]) for b, e in zip(best, exact)]) > f['kl']
+        low, high = (beta, high) if far else (low, beta)
+    optimum = np.mean([b @ e[3] for b, e in zip(best, exact)])
+    assert abs(f['optimum'] - optimum) < 4 * f['optimum_error'] + 1e-3
+    assert f['share'] == pytest.approx((f['reward'] - f['before']) / (f['optimum'] - f['before']))
+    assert 0 < f['share_error'] < 0.2
+
+
+def test_standard_error_by_hand():
+    """Of the mean of two prompts' means, each the mean of three: sqrt((1/3 + 4/3) / 2^2)."""
+    assert demo.standard_error(np.array([[1.0, 2.0, 3.0], [0.0, 2.0, 4.0]])) == pytest.approx(math.sqrt((1 + 4) / 3) / 2)
+
+
+def test_no_frontier_beyond_what_samples_can_tell():
+    rewards = np.random.default_rng(0).normal(size=(3, 16))
+    assert all(map(math.isnan, demo.frontier_at(rewards, 3.0))) and demo.frontier_at(rewards, 1.0)[0] > rewards.mean()
+
+
+def test_results_of_other_settings_are_not_taken_for_these(tmp_path):
+    jobs = [dict(name='dpo beta=1', seed=0, pairs=20), dict(name='dpo beta=1', seed=1, pairs=20)]
+    assert demo.left_to_do(jobs, str(tmp_path), reference='a') == jobs
+    (tmp_path / 'results.jsonl').write_text(json.dumps(jobs[0] | dict(reference='a', reward=0.5)) + '\n')
+    assert demo.left_to_do(jobs, str(tmp_path), reference='a') == jobs[1:]
+    with pytest.raises(InputError, match="'dpo beta=1' has reference = 'a' there, and 'b' here; --out="):
+        demo.left_to_do(jobs, str(tmp_path), reference='b')
+    with pytest.raises(InputError, match='has pairs = 20 there, and 30 here'):
+        demo.left_to_do([jobs[0] | dict(pairs=30)], str(tmp_path), reference='a')
+
+
+def test_only_is_a_name_or_a_part_of_some():
+    names = ['dpo beta=1', 'dpo beta=1 label_smoothing=0.1', 'rdpo beta=1 alpha=0.02', 'sft']
+    assert demo.chosen('dpo beta=1', names) == names[:1] and demo.chosen('dpo', names) == names[:3]
+    assert demo.chosen('', names) == names
+    with pytest.raises(InputError, match="only: 'x' is in none of dpo"):
+        demo.chosen('x', names)
+
+
+@pytest.mark.parametrize('argv, message', [(['sft', '--seeds=3'], 'seeds: ignored by sft'),
+                                           (['frontier', '--base=gpt2'], 'base: ignored by frontier'),
+                                           (['imdb', 'x', '--seeds=2'], 'seeds: ignored by imdb')])
+def test_options_that_an_experiment_ignores(argv, message):
+    with pytest.raises(InputError, match=message):
+        demo.main(argv)
+
+
 def test_pairs_are_labelled_by_bradley_terry(monkeypatch):
     """P(a beats b) = sigma(r(a) - r(b)): with rewards 1 and 0, praise wins 73% of the time."""
     encode = demo.get_tokenizer('byte').encode_ordinary
@@ -135,7 +207,7 @@ def test_imdb_from_reviews_to_a_picture(tmp_path, capsys, gpt2, monkeypatch):
                '--only=dpo beta=1'])
     said = capsys.readouterr().out
     assert 'gold reward: the log-odds of a classifier, right for 100.0% of 60 reviews' in said
-    lines = demo.read_results(str(tmp_path / 'out'))
+    lines = plot.read_jsonl(str(tmp_path / 'out' / 'results.jsonl'))
     assert [line['name'] for line in lines] == ['dpo beta=1'] and np.isfinite(lines[0]['reward'])
     assert (tmp_path / 'out' / 'frontier.png').exists()
     with pytest.raises(InputError, match='no train_'):

@@ -6,6 +6,7 @@ reward.py: the reward model against a plain twin, judges, what is done with rewa
 import json
 import math
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -195,6 +196,38 @@ def test_rejection_sampling_gives_the_tilted_distribution():
     assert np.abs(np.bincount(kept, minlength=6) / len(kept) - wanted).max() < 0.01
 
 
+def test_the_first_that_is_accepted_of_many_is_a_sample_of_the_tilted_distribution():
+    values, beta, rng = np.array([-1.0, 0.0, 0.5, 1.0, 1.5, 2.0]), 0.7, np.random.default_rng(1)
+    groups = rng.integers(6, size=(20000, 40))
+    first = [some[accept(values[some], beta, rng).argmax()] for some in groups]
+    wanted = np.exp(values / beta) / np.exp(values / beta).sum()
+    assert np.abs(np.bincount(first, minlength=6) / len(first) - wanted).max() < 0.015
+
+
+def test_completions_that_were_cut_off_are_no_answers(write, tmp_path, capsys):
+    judge = write('mine.py', b'def longer(prompt, responses):\n    return [len(r) for r in responses]\n') + ':longer'
+    samples = write('cut.jsonl', [dict(model='m', prompt='p:', response=r, ended=ended) for r, ended in (
+        (' a', True), (' aaaaaa', False), (' ', True), (' aa', True))])
+    reward.main(['best', judge, samples, f'--out={tmp_path / "best.jsonl"}'])
+    assert json.loads((tmp_path / 'best.jsonl').read_text()) == dict(prompt='p:', chosen=' aa')
+    assert '2 completions without an end, or empty, left out' in capsys.readouterr().out
+    two = write('two_models.jsonl', [dict(model=m, prompt='p:', response=' a', ended=True) for m in 'ab'])
+    with pytest.raises(InputError, match='completions of more than one model'):
+        reward.main(['best', judge, two])
+
+
+def test_a_reference_that_has_changed_is_not_taken_for_the_one_of_before(config, base, tmp_path):
+    shutil.copytree(base / 'base', tmp_path / 'moved')
+    train.train(config(init_from=tmp_path / 'moved'))
+    load_judge(str(tmp_path / 'run'), 'cpu')
+    model = GPT.from_pretrained(str(tmp_path / 'moved'))
+    with torch.no_grad():
+        model.ln_f.bias.add_(0.1)
+    model.save_pretrained(tmp_path / 'moved')
+    with pytest.raises(InputError, match='moved: not the reference that .*ckpt.pt was trained with'):
+        load_judge(str(tmp_path / 'run'), 'cpu')
+
+
 def test_commands_write_what_prepare_reads(config, base, write, tmp_path, monkeypatch, capsys):
     judge = write('mine.py', b'def shorter(prompt, responses):\n    return [-len(r) / 2 for r in responses]\n') + ':shorter'
     pairs, samples = write('two.jsonl', [dict(prompt='p:', chosen=' aa', rejected=' a')]), write(
@@ -211,7 +244,7 @@ def test_commands_write_what_prepare_reads(config, base, write, tmp_path, monkey
     assert ask('best', judge, samples) == [dict(prompt='p:', chosen=' a'), dict(prompt='q:', chosen=' b')]
     assert ask('rank', judge, samples) == [dict(prompt='p:', responses=[' a', ' aa', ' aaa'])]
     kept = ask('reject', judge, samples, '--beta=0.01')
-    assert kept == [dict(prompt='p:', chosen=' a')] + 2 * [dict(prompt='q:', chosen=' b')]
+    assert kept == [dict(prompt='p:', chosen=' a'), dict(prompt='q:', chosen=' b')]
     soft = ask('rank', judge, samples, '--labels=soft')[0]
     assert (soft['chosen'], soft['rejected']) == (' a', ' aaa') and soft['p'] == pytest.approx(1 / (1 + math.exp(-1)))
     read = Pairs(prepare(config(dataset=str(tmp_path / 'out.jsonl'), val_fraction=0.0)), 'train')

@@ -132,6 +132,9 @@ def test_credit_on_the_terminal_and_as_a_page(models, tmp_path, capsys, monkeypa
     total = float(said.split('implicit reward ')[1].split(']')[0])
     numbers = [float(n) for n in re.findall(r"'([+-]\d+\.\d+)", said)]
     assert sum(numbers) == pytest.approx(total, abs=5e-3) and '\x1b[' not in said
+    a, b = (GPT.from_pretrained(str(models / name)) for name in 'ab')
+    assert total == pytest.approx(sum(sample.token_credit(a, b, list(b'<x>'), [*b' a<b', 256], 1.0)), abs=1e-3)
+    assert abs(total) > 0.01
     monkeypatch.setenv('FORCE_COLOR', '1')
     sample.main([str(models / 'a'), *asked, '--response= a<b', f'--out={page}'])
     assert capsys.readouterr().out.count('\x1b[30;48;2;') == 5
