@@ -260,8 +260,7 @@ def our_rounds(job):
     train.settle_products(model)
     pairs = [pair for batch in job.batches for pair in batch]
     reference = given_reference(pairs)
-    if cfg.compile:
-        model.hidden = torch.compile(model.hidden, dynamic=False if cfg.device == 'cuda' else None)
+    train.compile_blocks(model, cfg)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(cfg.beta1, cfg.beta2), weight_decay=0.0,
                                   fused=True)
 

@@ -61,17 +61,21 @@ class Batch:
     mask: object = None      # what `attention` takes; `pieces_mask(batch)` where nothing else was put here
 
     def to(self, device):
-        """The same batch on `device`; from pinned memory the copy runs beside the host's work."""
-        cuda = torch.device(device).type == 'cuda'
-        def move(t):
-            return t.pin_memory().to(device, non_blocking=True) if cuda else t.to(device)
+        """The same batch on `device`."""
         names = ('tokens', 'positions', 'pair', 'branch', 'scored', 'targets', 'owner', 'lengths', 'ends')
-        return Batch(**{name: move(getattr(self, name)) for name in names}, starts=self.starts)
+        return Batch(**{name: send(getattr(self, name), device) for name in names}, starts=self.starts)
 
     def sum_by_response(self, logps):
         """Per-token numbers (N,) -> their sum over each response (B, K), in float32: log pi(y|x)."""
         total = torch.zeros(self.lengths.numel(), dtype=logps.dtype, device=logps.device)
         return total.index_add(0, self.owner, logps).view_as(self.lengths)
+
+
+def send(t, device):
+    """A tensor or an array of the host's to `device`; from pinned memory the copy runs beside its work."""
+    t = torch.as_tensor(t)
+    cuda = torch.device(device).type == 'cuda'
+    return t.pin_memory().to(device, non_blocking=True) if cuda else t.to(device)
 
 
 def pack(pairs, pad_to=0):

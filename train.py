@@ -42,7 +42,7 @@ from tqdm import tqdm
 import dpo
 import reward
 import simpo
-from model import GPT, GPTConfig, block_mask, load_checkpoint, pack
+from model import GPT, GPTConfig, block_mask, load_checkpoint, pack, send
 from prepare import InputError, Pairs, first_line, get_tokenizer, prepare
 
 LOSSES = {'sft': simpo.sft_loss, 'dpo': dpo.dpo_loss, 'robust_dpo': dpo.robust_dpo_loss, 'ipo': dpo.ipo_loss,
@@ -299,14 +299,20 @@ def micro_batches(sizes, tokens_per_batch):
     return [b[1] for b in bins]
 
 
+def padded(tokens, tokens_per_batch):
+    """The size that a micro-batch is filled up to for compiled code: one of four, each compiled once."""
+    return next(size for k in (1, 2, 3, 4) if (size := -(-tokens_per_batch * k // 4)) >= tokens)
+
+
 def batches(pairs, indices, K, cfg):
     """The pairs at `indices`, with their first K responses, as packed batches on the device: yields
-    (positions in `indices`, Batch). Where compiled for a GPU they are padded to one shape."""
+    (positions in `indices`, Batch). Where compiled for a GPU they are padded to one of four shapes."""
     drawn = [(prompt, responses[:K]) for prompt, responses in (pairs[i] for i in indices)]
     sizes = [len(prompt) + sum(map(len, responses)) for prompt, responses in drawn]
     fixed = cfg.compile and cfg.device == 'cuda'
     for members in micro_batches(sizes, cfg.tokens_per_batch):
-        batch = pack([drawn[i] for i in members], pad_to=cfg.tokens_per_batch if fixed else 0).to(cfg.device)
+        pad_to = padded(sum(sizes[i] for i in members), cfg.tokens_per_batch) if fixed else 0
+        batch = pack([drawn[i] for i in members], pad_to).to(cfg.device)
         batch.mask = block_mask(batch) if fixed else None
         yield members, batch
 
@@ -630,6 +636,14 @@ def load_policy(cfg):
     return kind.from_pretrained(cfg.init_from).to(cfg.device)
 
 
+def compile_blocks(model, cfg):
+    """Compile all but the head, where cfg says so. On a GPU each size of `padded` is compiled by itself, with
+    gradients and without; torch's limit of 8 would leave the rest as it was."""
+    if cfg.compile:
+        torch._dynamo.config.recompile_limit = 32
+        model.hidden = torch.compile(model.hidden, dynamic=False if cfg.device == 'cuda' else None)
+
+
 def load_reference(path, cfg):
     """The reference of the run whose checkpoint and Config these are, on cfg.device."""
     name = cfg.reference_from or cfg.init_from
@@ -761,9 +775,8 @@ def train(cfg):
 
     # the reference: frozen, and its log-probs known before the first step
     reference = copy.deepcopy(first).requires_grad_(False) if cfg.reference == 'live' else None
-    if cfg.compile:
-        for m in filter(None, (model, reference)):
-            m.hidden = torch.compile(m.hidden, dynamic=False if cfg.device == 'cuda' else None)
+    for m in filter(None, (model, reference)):
+        compile_blocks(m, cfg)
     reference_train = reference_val = reference
     if needs_reference(cfg.loss) and reference is None:
         if not cfg.eval_only:
@@ -844,10 +857,9 @@ def train(cfg):
             mine = step_indices(step, n, cfg.batch_size, cfg.seed)[RANK::WORLD]
             for members, batch in batches(train_pairs, mine, used, cfg):
                 some = mine[members]
-                labels = [torch.from_numpy(train_pairs.table[label][some]).to(cfg.device)
-                          for label in ('p', 'margin')]
+                labels = [send(train_pairs.table[label][some], cfg.device) for label in ('p', 'margin')]
                 cached = isinstance(reference_train, np.ndarray)
-                ref = torch.from_numpy(reference_train[some]).to(cfg.device) if cached else None
+                ref = send(reference_train[some], cfg.device) if cached else None
                 ready.append((some, batch, ref, labels))
         return ready
 

@@ -45,7 +45,7 @@ SHORT = {
     'python sample.py out/dpo_demo --score': '',
     'python sample.py out/dpo_demo --credit': '',
     'python sample.py out/dpo_demo': '--max_new_tokens=4',
-    'python sample.py out/sft_demo': '--max_new_tokens=4 --n=2',
+    'python sample.py out/sft_demo': '--max_new_tokens=90',      # some come to an end
     'python demo.py frontier --only': '--pairs=20 --max_iters=1 --samples=2',
     'python demo.py frontier': '--pairs=20 --max_iters=1 --samples=2 --seeds=1 --only=orpo',
     'python demo.py pairs': '--pairs=30 --max_iters=1 --samples=2 --seeds=1 --only=30',

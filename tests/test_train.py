@@ -76,6 +76,13 @@ def test_micro_batches_hold_every_pair_once_and_fit():
         assert all(sizes[b].sum() <= 100 for b in bins)
 
 
+def test_compiled_code_sees_four_sizes_and_no_fewer_tokens_than_there_are():
+    for tokens_per_batch in (16384, 2048, 1000, 513):
+        sizes = [train.padded(tokens, tokens_per_batch) for tokens in range(1, tokens_per_batch + 1)]
+        assert all(size >= tokens for tokens, size in enumerate(sizes, 1)) and sizes == sorted(sizes)
+        assert len(set(sizes)) == 4 and sizes[-1] == tokens_per_batch and sizes[0] < tokens_per_batch / 3.9
+
+
 def test_learning_rate_warms_up_and_follows_the_schedule(world):
     cfg = world(learning_rate=1.0, min_lr=0.1, warmup_iters=3, max_iters=13)
     rates = {s: [train.learning_rate(i, dataclasses.replace(cfg, schedule=s)) for i in range(14)]
