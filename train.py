@@ -947,8 +947,9 @@ def train(cfg):
                 culprits = np.concatenate([some for some, _ in each])
             raise InputError(f'step {step}: loss {loss}, gradient norm {grad_norm}; nothing was changed, and '
                              f'{ckpt} is from before. {named_pairs(train_pairs, culprits)}')
+        lr = learning_rate(step, cfg)
         for group in optimizer.param_groups:
-            group['lr'] = lr = learning_rate(step, cfg)
+            group['lr'] = lr
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         state['step'] += 1
