@@ -166,9 +166,16 @@ def attention(q, k, v, mask):                # each (..., H, T, D) -> (..., H, T
     if mask is None:                                                             # plain causal
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     if torch.is_tensor(mask) and q.size(-2) == 1 and q.device.type == 'cpu' and q.dtype == torch.float32:
-        # generation on a CPU: products of a matrix with one vector are 2 to 5 times faster in plain lines
-        scores = (k * q).sum(-1, keepdim=True) / math.sqrt(q.size(-1))           # (..., H, keys, 1)
-        return (scores.masked_fill(~mask.transpose(-2, -1), -math.inf).softmax(-2) * v).sum(-2, keepdim=True)
+        # generation on a CPU: two plain products are 4 times faster than the fused kernel, but not through
+        # oneDNN, which compiles one for each number of keys
+        bias = torch.zeros(mask.shape).masked_fill(~mask, -math.inf).expand(-1, q.size(1), -1, -1)
+        was = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision('highest')
+        flat = [t.flatten(0, 1) for t in (bias, q, k.transpose(-2, -1), v)]      # each (B*H, ...)
+        scores = torch.baddbmm(*flat[:3], alpha=1 / math.sqrt(q.size(-1)))       # (B*H, 1, keys)
+        out = torch.bmm(scores.softmax(-1), flat[3]).view(q.shape)
+        torch.set_float32_matmul_precision(was)
+        return out
     if torch.is_tensor(mask):                                                    # a boolean mask: generation
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     if isinstance(mask, list):                                                   # pieces of a packed batch
@@ -280,6 +287,13 @@ SIZES = {  # the hub's names for the published models
 }
 
 
+def linear(layer, x):                        # (..., T, in) -> (..., T, out)
+    if x.size(-2) == 1 and len(x) <= 64 and x.device.type == 'cpu':
+        # generation, one token of each of a few sequences: this way round a CPU reads the weights faster
+        return (layer.weight @ x.squeeze(-2).t()).t().unsqueeze(-2) + layer.bias
+    return layer(x)
+
+
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -293,13 +307,13 @@ class Block(nn.Module):
         self.mlp_proj = nn.Linear(4 * d, d)
 
     def forward(self, x, mask, cache=None):  # (..., T, d) -> (..., T, d)
-        heads = self.c_attn(self.ln_1(x)).unflatten(-1, (3, self.n_head, -1))       # (..., T, 3, H, D)
+        heads = linear(self.c_attn, self.ln_1(x)).unflatten(-1, (3, self.n_head, -1))  # (..., T, 3, H, D)
         q, k, v = (t.transpose(-3, -2) for t in heads.unbind(-3))                   # each (..., H, T, D)
         if cache is not None:
             k, v = cache.append(k, v)
         y = attention(q, k, v, mask).transpose(-3, -2).flatten(-2)                           # (..., T, d)
-        x = x + self.attn_proj(y)
-        return x + self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x)), approximate='tanh'))
+        x = x + linear(self.attn_proj, y)
+        return x + linear(self.mlp_proj, F.gelu(linear(self.c_fc, self.ln_2(x)), approximate='tanh'))
 
 
 class GPT(nn.Module):
