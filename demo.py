@@ -20,8 +20,9 @@ the Bradley-Terry model on the gold reward. As the reward is known, so is the op
 pi*(y|x) = pi_ref(y|x) exp(r(x,y)/beta) / Z(x): samples of the reference, weighted by exp(r/beta), give the
 highest expected reward that any policy can have at each KL from the reference: the frontier.
 
-The real reviews' gold reward is a classifier's log-odds that a text is positive, fitted on the labelled ones;
-the rest is the same. An experiment keeps a line per run in its folder's results.jsonl, and goes on after it.
+The real reviews' gold reward is a classifier's log-odds that a text is positive, fitted on the labelled ones,
+and the better of two always wins, as in the paper; the rest is the same. An experiment keeps a line per run in
+its folder's results.jsonl, and goes on after it.
 """
 import contextlib
 import dataclasses
@@ -122,6 +123,7 @@ class World:
     draw_prompts: Callable   # (n, seed) -> n texts
     reward: Callable         # (prompts, responses), as many texts of each -> their gold rewards, an array
     max_new_tokens: int
+    labels: str = 'sample'   # who wins: 'sample', by chance, as Bradley-Terry says; 'best', by reward
 
 
 def gold_rewards(prompts, responses):
@@ -147,7 +149,8 @@ def text_of(tokens, world=FILMS):
 
 
 def draw_pairs(model, n, seed=1, world=FILMS):
-    """n pairs of the model's own responses, labelled by Bradley-Terry: P(a beats b) = sigma(r(a) - r(b))."""
+    """n pairs of the model's own responses, labelled by Bradley-Terry, P(a beats b) = sigma(r(a) - r(b)), or
+    by the reward alone, as the world says."""
     rng, encode = np.random.default_rng(seed), get_tokenizer(world.tokenizer).encode_ordinary
     while n > 0:
         prompts = world.draw_prompts(min(n, 4096), seed=rng.integers(2**31))
@@ -159,7 +162,9 @@ def draw_pairs(model, n, seed=1, world=FILMS):
             if texts[i] == texts[j] or not all(ended[k] and texts[k].strip() and encode(texts[k]) ==
                                                drawn[k][:-1] for k in (i, j)):
                 continue    # no comparison, no end, or tokens that no text has: drawn again
-            w, l = (i, j) if rng.random() < 1 / (1 + math.exp(rewards[j] - rewards[i])) else (j, i)
+            margin = rewards[i] - rewards[j]
+            p = 1 / (1 + math.exp(-margin)) if world.labels == 'sample' else (np.sign(margin) + 1) / 2
+            w, l = (i, j) if rng.random() < p else (j, i)
             yield dict(prompt=prompt, chosen=texts[w], rejected=texts[l])
             n -= 1
             if n == 0:
@@ -179,7 +184,8 @@ def sampled_pairs(model, cfg, pairs, seed, world, name):
     """A .jsonl file of the model's own pairs, made where there is none."""
     path = os.path.join(cfg.data_dir, f'{name}-pairs-{pairs}-{seed}-{train.fingerprint(model)[:8]}.jsonl')
     if not os.path.exists(path):
-        print(f'sampling {pairs:,} pairs of reviews from {cfg.init_from}, labelled by Bradley-Terry')
+        how = 'Bradley-Terry' if world.labels == 'sample' else 'their rewards'
+        print(f'sampling {pairs:,} pairs of reviews from {cfg.init_from}, labelled by {how}')
     return write_once(path, lambda: draw_pairs(model, pairs, seed, world))
 
 
@@ -570,7 +576,7 @@ def imdb(source, o):
 
     def gold(prompts, responses):
         return log_odds([p + r for p, r in zip(prompts, responses)])
-    world = World(tokenizer, draw_from(test_texts, 2), gold, 80)
+    world = World(tokenizer, draw_from(test_texts, 2), gold, 80, labels='best')     # as in the paper
 
     # the base model learns all passages; pairs are sampled from it, for prompts that are not the tests'
     folder = os.path.join(out, 'base')

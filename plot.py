@@ -75,7 +75,7 @@ def frontier(folder, path=None):
         kl, reward, kl_error, reward_error = (np.array([r[key] for r in some]) for key in (
             'kl', 'reward', 'kl_error', 'reward_error'))
         ax.errorbar(kl, reward, 2 * reward_error, 2 * kl_error, fmt='osD^v<>ph*XP'[k % 12], ms=5, lw=0.8,
-                    label=loss, alpha=0.85)
+                    label=loss, alpha=0.85, color=f'C{k}' if k < 10 else '0.2')
     ax.set(xlabel=r'KL($\pi\,\|\,\pi_{ref}$) of whole responses, nats', ylabel='expected gold reward',
            xscale='log', xlim=(0.05, 1.3 * max(0.1, *(r['kl'] for r in lines))))
     ax.legend(fontsize=7, loc='upper left')

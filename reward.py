@@ -18,7 +18,8 @@ Every command is VERB JUDGE FILE. A judge is
     a,b,c                 several: the mean of their rewards
 
 FILE is anything that prepare.py reads, or what `sample.py --n=16 --out=samples.jsonl` wrote. best, reject and
-rank take the responses to one prompt together. What comes out, --out=..., is what prepare.py takes.
+rank take the responses to one prompt together. What comes out, --out=..., is what prepare.py takes. label,
+reject, and rank with soft or sampled labels read a difference of rewards as Bradley-Terry's log-odds.
 Left out: reward models of other architectures than the policy's, and PPO.
 """
 import dataclasses

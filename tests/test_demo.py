@@ -3,6 +3,7 @@ demo.py: the language, the gold reward, the labels, and the frontier against wha
 
     pytest tests/test_demo.py
 """
+import dataclasses
 import functools
 import json
 import math
@@ -162,6 +163,11 @@ def test_pairs_are_labelled_by_bradley_terry(monkeypatch):
     assert len(pairs) == 4000
     wins = np.mean([pair['chosen'] == ' great plot.' for pair in pairs])
     assert wins == pytest.approx(1 / (1 + math.exp(-1)), abs=0.03)
+    certain = list(demo.draw_pairs(None, 400, world=dataclasses.replace(demo.FILMS, labels='best')))
+    assert {pair['chosen'] for pair in certain} == {' great plot.'}
+    indifferent = dataclasses.replace(demo.FILMS, labels='best', reward=lambda prompts, responses: np.ones(len(responses)))
+    wins = np.mean([pair['chosen'] == ' great plot.' for pair in demo.draw_pairs(None, 4000, world=indifferent)])
+    assert wins == pytest.approx(0.5, abs=0.03)
 
 
 # ------------------------------------------------------------------------------------------------------------
