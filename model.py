@@ -358,9 +358,8 @@ class GPT(nn.Module):
 
     def packed_hidden(self, batch):
         """The transformer's output for a packed batch: (T, d)."""
-        if batch.mask is None:
-            batch.mask = pieces_mask(batch)
-        return self.hidden(batch.tokens, batch.positions, batch.mask)
+        mask = pieces_mask(batch) if batch.mask is None else batch.mask     # made anew, not kept: it is large
+        return self.hidden(batch.tokens, batch.positions, mask)
 
     def score_responses(self, batch):
         """log pi(y|x) of every response of a packed batch: (B, K) float32. (RewardModel's: its reward.)"""
