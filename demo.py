@@ -21,8 +21,10 @@ pi*(y|x) = pi_ref(y|x) exp(r(x,y)/beta) / Z(x): samples of the reference, weight
 highest expected reward that any policy can have at each KL from the reference: the frontier.
 
 The real reviews' gold reward is a classifier's log-odds that a text is positive, fitted on the labelled ones,
-and the better of two always wins, as in the paper; the rest is the same. An experiment keeps a line per run in
-its folder's results.jsonl, and goes on after it.
+and the better of two always wins, as in the paper. From labels that are certain DPO does not learn exp(r/beta)
+but, given the pairs, something infinitely far away; the frontier still bounds the reward at each KL.
+
+An experiment keeps a line per run in its folder's results.jsonl, and goes on after it.
 """
 import contextlib
 import dataclasses
@@ -152,8 +154,13 @@ def draw_pairs(model, n, seed=1, world=FILMS):
     """n pairs of the model's own responses, labelled by Bradley-Terry, P(a beats b) = sigma(r(a) - r(b)), or
     by the reward alone, as the world says."""
     rng, encode = np.random.default_rng(seed), get_tokenizer(world.tokenizer).encode_ordinary
+    tried, most = 0, 20 * n + 20000
     while n > 0:
+        if tried > most:
+            raise InputError(f'of {tried:,} pairs of responses too few come to an end and differ: '
+                             'the base model has not learnt enough')
         prompts = world.draw_prompts(min(n, 4096), seed=rng.integers(2**31))
+        tried += len(prompts)
         drawn = sample(model, prompts * 2, seed=int(rng.integers(2**31)), world=world)
         texts, ended = zip(*[text_of(t, world) for t in drawn])
         rewards = world.reward(prompts * 2, texts)
@@ -182,7 +189,8 @@ def pairs_file(cfg, pairs=6000, texts=20000, seed=1):
 
 def sampled_pairs(model, cfg, pairs, seed, world, name):
     """A .jsonl file of the model's own pairs, made where there is none."""
-    path = os.path.join(cfg.data_dir, f'{name}-pairs-{pairs}-{seed}-{train.fingerprint(model)[:8]}.jsonl')
+    name = '-'.join([name, 'pairs', *['best'] * (world.labels == 'best'), str(pairs), str(seed)])
+    path = os.path.join(cfg.data_dir, f'{name}-{train.fingerprint(model)[:8]}.jsonl')
     if not os.path.exists(path):
         how = 'Bradley-Terry' if world.labels == 'sample' else 'their rewards'
         print(f'sampling {pairs:,} pairs of reviews from {cfg.init_from}, labelled by {how}')
@@ -358,7 +366,7 @@ def point(job, out, base, rewards, samples, world=FILMS):
         (reward.train_rounds if cfg.rounds else train.train)(cfg)
     policy = os.path.join(folder, f'round-{cfg.rounds}') if cfg.rounds else folder
     policy, reference = (GPT.from_pretrained(m).to(cfg.device) for m in (policy, cfg.init_from))
-    line = dict(job, samples=samples, reference=train.fingerprint(reference),
+    line = dict(job, samples=samples, reference=train.fingerprint(reference), labels=world.labels,
                 **place(policy, reference, rewards, cfg.device, samples=samples, world=world),
                 seconds=time.perf_counter() - started)
     with open(os.path.join(out, 'results.jsonl'), 'a') as f:
@@ -396,12 +404,12 @@ def experiment(name, settings, o):
     reference = train.load_policy(base)             # trained first, where it is not there
     os.makedirs(out, exist_ok=True)
     rewards = reference_rewards(reference)
-    keep_frontier(out, rewards)
     some = chosen(o.only, [name for name, *_ in settings])
     jobs = left_to_do([
         dict(name=name, loss=loss, options=dict(options, max_iters=o.max_iters), pairs=n, seed=seed)
         for seed in range(o.seeds) for name, loss, options, n in settings if name in some],
         out, samples=o.samples, reference=train.fingerprint(reference))
+    keep_frontier(out, rewards)
     if not jobs:
         return out
     if len(jobs) == 1:
@@ -417,8 +425,14 @@ def experiment(name, settings, o):
         files = {one: path.result() for one, path in zip(needed, made)}
         for job in jobs:
             job['dataset'] = files.get((job['pairs'], job['seed']), 'demo')
-        for found in [pool.submit(point, job, out, base, rewards, o.samples) for job in jobs]:
-            found.result()
+        try:
+            for found in [pool.submit(point, job, out, base, rewards, o.samples) for job in jobs]:
+                found.result()
+        except BaseException:                       # or those that wait would all be run before this one ends
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children():
+                child.terminate()
+            raise
     return out
 
 
@@ -600,12 +614,14 @@ def imdb(source, o):
     others = dataclasses.replace(world, draw_prompts=draw_from(texts, 1))
     dataset = sampled_pairs(reference, cfg, n_pairs, 1, others, 'imdb')
     rewards = reference_rewards(reference, world=world)
-    keep_frontier(out, rewards)
     settings = {title(*s): s for s in [('dpo', dict(beta=b)) for b in (0.5, 1.0, 2.0)] + [('sft', {})]}
-    for job in left_to_do([
-            dict(name=name, loss=settings[name][0], options=settings[name][1], seed=0, pairs=n_pairs)
-            for name in chosen(o.only, settings)], out, samples=o.samples,
-            reference=train.fingerprint(reference)):
+    jobs = [(name, *settings[name]) for name in chosen(o.only, settings)]
+    jobs = left_to_do(
+        [dict(name=name, loss=loss, options=dict(options, max_iters=o.max_iters), seed=0, pairs=n_pairs)
+         for name, loss, options in jobs],
+        out, samples=o.samples, reference=train.fingerprint(reference), labels=world.labels)
+    keep_frontier(out, rewards)
+    for job in jobs:
         point(job | dict(dataset=dataset), out, cfg, rewards, o.samples, world)
         policy = GPT.from_pretrained(os.path.join(out, f'run-{os.getpid()}')).to(cfg.device)
         show_samples(policy, reference, world)

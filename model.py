@@ -169,13 +169,14 @@ def attention(q, k, v, mask):                # each (..., H, T, D) -> (..., H, T
         # generation on a CPU: two plain products are 4 times faster than the fused kernel, but not through
         # oneDNN, which compiles one for each number of keys
         bias = torch.zeros(mask.shape).masked_fill(~mask, -math.inf).expand(-1, q.size(1), -1, -1)
+        bias, qs, ks, vs = (t.flatten(0, 1) for t in (bias, q, k.transpose(-2, -1), v))    # each (B*H, ...)
         was = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision('highest')
-        flat = [t.flatten(0, 1) for t in (bias, q, k.transpose(-2, -1), v)]      # each (B*H, ...)
-        scores = torch.baddbmm(*flat[:3], alpha=1 / math.sqrt(q.size(-1)))       # (B*H, 1, keys)
-        out = torch.bmm(scores.softmax(-1), flat[3]).view(q.shape)
-        torch.set_float32_matmul_precision(was)
-        return out
+        try:
+            torch.set_float32_matmul_precision('highest')
+            scores = torch.baddbmm(bias, qs, ks, alpha=1 / math.sqrt(q.size(-1)))          # (B*H, 1, keys)
+            return torch.bmm(scores.softmax(-1), vs).view(q.shape)
+        finally:
+            torch.set_float32_matmul_precision(was)
     if torch.is_tensor(mask):                                                    # a boolean mask: generation
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     if isinstance(mask, list):                                                   # pieces of a packed batch
@@ -243,15 +244,16 @@ class ChunkedLogps(torch.autograd.Function):
         h_dtype, w_dtype, low = ctx.dtypes
         grad_h, w_low = torch.empty_like(h), w.to(low)
         grad_w = torch.zeros(w.shape, dtype=grad.dtype, device=w.device)
-        for c in ChunkedLogps.chunks(h, w):
-            probs = torch.softmax(ChunkedLogps.logits(h[c], w), dim=1)               # (rows, V)
-            g, ones = -grad[c, None], torch.ones_like(probs[:, :1])
-            probs.scatter_add_(1, targets[c, None], -ones)                           # softmax - one-hot
-            grad_h[c] = (g * (probs.to(low) @ w_low)).to(h.dtype)
-            if h.dtype == torch.bfloat16:
-                grad_w += torch.mm(probs.to(low).t(), (g * h[c]).to(low), out_dtype=torch.float32)
-            else:
-                grad_w.addmm_(probs.t(), (g * h[c]))
+        with torch.autocast(h.device.type, enabled=False):
+            for c in ChunkedLogps.chunks(h, w):
+                probs = torch.softmax(ChunkedLogps.logits(h[c], w), dim=1)               # (rows, V)
+                g, ones = -grad[c, None], torch.ones_like(probs[:, :1])
+                probs.scatter_add_(1, targets[c, None], -ones)                           # softmax - one-hot
+                grad_h[c] = (g * (probs.to(low) @ w_low)).to(h.dtype)
+                if h.dtype == torch.bfloat16:
+                    grad_w += torch.mm(probs.to(low).t(), (g * h[c]).to(low), out_dtype=torch.float32)
+                else:
+                    grad_w.addmm_(probs.t(), (g * h[c]))
         return grad_h.to(h_dtype), grad_w.to(w_dtype), None
 
 
@@ -442,6 +444,8 @@ class GPT(nn.Module):
         block_size, device = self.config.block_size, self.device
         if temperature < 0:
             raise InputError(f'temperature: {temperature} is less than 0')
+        if max_new_tokens < 1:
+            raise InputError(f'max_new_tokens: {max_new_tokens} is less than 1')
         if not prompts or min(map(len, prompts)) < 1 or max(map(len, prompts)) >= block_size:
             raise InputError(f'a prompt to generate from needs 1 to {block_size - 1} tokens')
         B, longest = len(prompts), max(map(len, prompts))
@@ -460,7 +464,10 @@ class GPT(nn.Module):
         going = torch.ones(B, dtype=torch.bool, device=device)
         responses = [[] for _ in prompts]
         for _ in range(max_new_tokens):
-            logits = (self.wte.weight @ x.t()).t().float()   # (B, V); this way round a CPU reads it faster
+            if x.dtype == torch.bfloat16 and x.is_cuda:                                         # (B, V)
+                logits = ChunkedLogps.logits(x, self.wte.weight)
+            else:
+                logits = (self.wte.weight.float() @ x.float().t()).t()    # this way round a CPU is faster
             uniform = torch.rand(B, generator=rng).to(device)[rows]
             next_token = draw(logits, temperature, top_k, top_p, uniform)           # (B,)
             for row, token, live in zip(rows.tolist(), next_token.tolist(), going.tolist()):

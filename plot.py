@@ -41,6 +41,8 @@ def curves(folders, path='curves.png'):
     runs = {folder: read_jsonl(os.path.join(folder, 'log.jsonl'))[1:] for folder in folders}
     logged = {key.removeprefix('eval/') for lines in runs.values() for line in lines for key in line}
     shown = [c for c in CURVES if c in logged]
+    if not shown:
+        raise InputError(f'{", ".join(folders)}: nothing logged yet')
     fig, axes = figure(4, -(-len(shown) // 4))
     for ax in axes.flat[len(shown):]:
         ax.remove()
@@ -51,8 +53,7 @@ def curves(folders, path='curves.png'):
                 if points:
                     ax.plot(*zip(*points), color=f'C{k}', label=folder if key == name else None, **style)
         ax.set(title=name, xlabel='step')
-    if shown:
-        axes.flat[0].legend(fontsize=7)
+    axes.flat[0].legend(fontsize=7)
     fig.savefig(path, dpi=120)
     return path
 
@@ -69,15 +70,16 @@ def frontier(folder, path=None):
             ('k:', 'the same, from fewer than 20 effective samples', lambda size: size < 25)):
         points = [(c['kl'], c['reward']) for c in curve if some(c['effective_samples'])]
         ax.plot(*zip(*points), style, lw=1.5, label=label) if points else None
-    losses = list(dict.fromkeys(line['loss'] for line in lines))
-    for k, loss in enumerate(losses):
-        some = [line for line in lines if line['loss'] == loss]
+    by = 'name' if len({line['name'] for line in lines}) <= 10 else 'loss'        # a mark each, or one a loss
+    for k, label in enumerate(dict.fromkeys(line[by] for line in lines)):
+        some = [line for line in lines if line[by] == label]
         kl, reward, kl_error, reward_error = (np.array([r[key] for r in some]) for key in (
             'kl', 'reward', 'kl_error', 'reward_error'))
         ax.errorbar(kl, reward, 2 * reward_error, 2 * kl_error, fmt='osD^v<>ph*XP'[k % 12], ms=5, lw=0.8,
-                    label=loss, alpha=0.85, color=f'C{k}' if k < 10 else '0.2')
+                    label=label, alpha=0.85, color=f'C{k}' if k < 10 else '0.2')
     ax.set(xlabel=r'KL($\pi\,\|\,\pi_{ref}$) of whole responses, nats', ylabel='expected gold reward',
-           xscale='log', xlim=(0.05, 1.3 * max(0.1, *(r['kl'] for r in lines))))
+           xscale='log', xlim=(min(0.05, *(max(0.8 * r['kl'], 1e-3) for r in lines)),
+                              1.3 * max(0.1, *(r['kl'] for r in lines))))
     ax.legend(fontsize=7, loc='upper left')
     ax.grid(alpha=0.25)
     fig.savefig(path, dpi=120)

@@ -4,7 +4,7 @@ Train a GPT on preferences: python train.py CONFIG [--name=value ...]
     python train.py config/dpo_demo.py                                   # no download, minutes on a CPU
     python train.py config/dpo_gpt2.py --dataset=pairs.jsonl --beta=0.2  # your pairs
     python train.py config/dpo_gpt2.py --resume=True                     # go on where it stopped
-    python train.py config/dpo_gpt2.py --eval_only=True                  # init_from's evaluation: eval.jsonl
+    python train.py config/dpo_gpt2.py --eval_only=True                  # the run's evaluation: eval.jsonl
 
 A config file is plain Python, and is run; what it assigns, and every --name, must be a field of Config below.
 Top to bottom: the config, the data of a step, scoring and the reference, evaluation, checkpoints, the loop.
@@ -68,7 +68,7 @@ class Config:
     block_size: int = 1024
     resume: bool = False                # go on from out_dir/ckpt.pt, exactly
     overwrite: bool = False             # start anew though out_dir holds a run
-    eval_only: bool = False             # evaluate init_from (with resume: ckpt.pt), write eval.jsonl, stop
+    eval_only: bool = False             # evaluate out_dir's run, or init_from where there is none
     # data: see prepare.py
     dataset: str = 'demo'               # demo, a file, a hub name, or a folder that prepare.py made
     split: str = ''                     # of a hub's data set; empty: train, or train_prefs

@@ -153,6 +153,12 @@ def test_options_that_an_experiment_ignores(argv, message):
         demo.main(argv)
 
 
+def test_a_base_model_that_never_comes_to_an_end(monkeypatch):
+    monkeypatch.setattr(demo, 'sample', lambda model, prompts, seed, world: [[65 + i % 9] * 80 for i in range(len(prompts))])
+    with pytest.raises(InputError, match='too few come to an end and differ: the base model has not learnt enough'):
+        list(demo.draw_pairs(None, 3))
+
+
 def test_pairs_are_labelled_by_bradley_terry(monkeypatch):
     """P(a beats b) = sigma(r(a) - r(b)): with rewards 1 and 0, praise wins 73% of the time."""
     encode = demo.get_tokenizer('byte').encode_ordinary

@@ -733,6 +733,40 @@ def test_bounds_of_generate():
     for prompts in ([], [[]], [[1], []], [[1] * BLOCK]):
         with pytest.raises(InputError):
             model.generate(prompts, 3)
+    for bad in (dict(max_new_tokens=0), dict(max_new_tokens=3, temperature=-1.0)):
+        with pytest.raises(InputError, match='is less than'):
+            model.generate([[1]], **bad)
+
+
+def test_logits_of_a_bf16_model_are_float32():
+    """GPT-2's logits lie near -100, where bf16 has steps of a half: the likeliest of them would be a draw."""
+    model = tiny()
+    with torch.no_grad():
+        model.ln_f.bias[0] = 100.0
+        model.wte.weight[:, 0] = -1.0                        # every logit is 100 lower, and which is the highest stays
+    model.bfloat16()
+    prompts = some_prompts()
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('model.draw', lambda logits, *options: (seen.append(logits), draw(logits, *options))[1])
+        model.generate(prompts, 1, temperature=0)
+    batch = pack([(p, [[0]]) for p in prompts])
+    with torch.no_grad():
+        x = model.packed_hidden(batch)[batch.scored]
+    exact = x.double() @ model.wte.weight.double().t()
+    assert seen[0].dtype == torch.float32 and exact.mean() < -50
+    assert (seen[0] - exact).abs().max() < 1e-3 < 0.1 < (exact.bfloat16() - exact).abs().max()
+
+
+def test_generating_leaves_the_precision_of_products_alone():
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ('medium', 'highest'):
+            torch.set_float32_matmul_precision(precision)
+            tiny().generate(some_prompts(), 3)
+            assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 # draw: one token from (B, V) logits
