@@ -2,7 +2,7 @@
 #
 #   python train.py config/simpo_demo.py
 #
-# Data: the same 6,000 pairs. Expect 85% of the optimum's gain at a KL of 0.26, in 1.5 minutes on two cores where
+# Data: the same 6,000 pairs. Expect 80% of the optimum's gain at a KL of 0.2, in a minute or two on two cores where
 # the base model is there (else config/sft_demo.py comes first).
 # beta and gamma lie within what the paper searched (Meng et al. 2024: beta 2.0 to 2.5, gamma 0.3 to 1.6).
 
