@@ -420,12 +420,12 @@ def experiment(name, settings, o):
     workers = 1 if base.device == 'cuda' else min(len(jobs), os.cpu_count())
     spawn = multiprocessing.get_context('spawn')
     with ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (1,)) as pool:
-        needed = sorted({(job['pairs'], job['seed']) for job in jobs if 'rounds' not in job['options']})
-        made = [pool.submit(make_pairs, base, *one) for one in needed]
-        files = {one: path.result() for one, path in zip(needed, made)}
-        for job in jobs:
-            job['dataset'] = files.get((job['pairs'], job['seed']), 'demo')
         try:
+            needed = sorted({(job['pairs'], job['seed']) for job in jobs if 'rounds' not in job['options']})
+            made = [pool.submit(make_pairs, base, *one) for one in needed]
+            files = {one: path.result() for one, path in zip(needed, made)}
+            for job in jobs:
+                job['dataset'] = files.get((job['pairs'], job['seed']), 'demo')
             for found in [pool.submit(point, job, out, base, rewards, o.samples) for job in jobs]:
                 found.result()
         except BaseException:                       # or those that wait would all be run before this one ends
