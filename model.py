@@ -188,8 +188,7 @@ def attention(q, k, v, mask):                # each (..., H, T, D) -> (..., H, T
                 # keep a (H, t, t) for it, and in float32 and for long pieces are no faster
                 scores = torch.baddbmm(bias.expand(len(qi), -1, -1), qi, ki.transpose(-2, -1),
                                        alpha=1 / math.sqrt(q.size(-1)))                     # (H, t, t)
-                exact = torch.promote_types(q.dtype, torch.float32)
-                out.append(scores.softmax(-1, dtype=exact).to(v.dtype) @ vi)
+                out.append(scores.softmax(-1) @ vi)      # in bf16, too, exponentials and sums are float32
             else:
                 out.append(F.scaled_dot_product_attention(qi[None], ki[None], vi[None], attn_mask=bias)[0])
         return torch.cat(out, dim=1)
@@ -204,57 +203,55 @@ def attention(q, k, v, mask):                # each (..., H, T, D) -> (..., H, T
 class ChunkedLogps(torch.autograd.Function):
     """log softmax(h W^T)[target] at N positions, a chunk of rows at a time.
 
-    The (N, V) logits never exist at once: each chunk's are made, reduced to one number per row, and made
-    again in the backward pass, where their gradient, (one-hot - softmax) times the row's upstream gradient,
-    goes straight into those of h and W. Logits, log-probs and the sum into W's gradient are always float32;
-    under bf16 autocast the gradient's own products have bf16 factors where that is faster.
+    The float32 logits of all rows never exist at once: each chunk's are reduced to one number per row. Where
+    `learns`, what the gradient needs of them is kept, softmax - one-hot (N, V), in the precision of the
+    products that take it: two bytes a number in bf16, 75 MB for GPT-2 and the 750 response tokens of 8
+    pairs of Anthropic's. Made anew for the backward pass it would cost a tenth of a step instead.
     """
 
     @staticmethod
     def chunks(h, weight):
-        rows = max(1, (2**27 if h.is_cuda else 2**24) // weight.size(0))  # logits: 512 MiB on a GPU, else 64
+        rows = max(1, (2**27 if h.is_cuda else 2**23) // weight.size(0))  # logits: 512 MiB on a GPU, else 32
         return [slice(i, i + rows) for i in range(0, h.size(0), rows)]
 
     @staticmethod
-    def logits(h, weight):
-        if h.dtype == torch.bfloat16:                     # bf16 factors, float32 sums: on a GPU alone
-            return torch.mm(h, weight.t(), out_dtype=torch.float32)
-        return torch.mm(h, weight.t())
+    def product(a, b):
+        """a b in float32. bf16 factors with float32 sums: on a GPU alone; a CPU rounds the sums to bf16."""
+        if a.is_cuda and a.dtype == torch.bfloat16:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.mm(a, b).to(torch.promote_types(a.dtype, torch.float32))
 
     @staticmethod
-    def forward(ctx, h, weight, targets):                # (N, d), (V, d), (N,) -> (N,)
+    def forward(ctx, h, weight, targets, learns):        # (N, d), (V, d), (N,), bool -> (N,)
         # rounding GPT-2's logits (near -100) to bf16 would be wrong by 0.25: where bf16 factors cannot be
         # summed into float32 logits, the factors are float32 too
         device = h.device.type
         low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
         dtype = low if h.is_cuda else torch.promote_types(low, torch.float32)
-        h_dtype, h, w = h.dtype, h.to(dtype), weight.to(dtype)
-        out = torch.empty(h.size(0), dtype=torch.promote_types(dtype, torch.float32), device=h.device)
+        ctx.h_dtype, h, w = h.dtype, h.to(dtype), weight.to(dtype)
+        out = h.new_empty(h.size(0), dtype=torch.promote_types(dtype, torch.float32))
+        error = h.new_empty(h.size(0), w.size(0), dtype=low) if learns else None     # (N, V)
         with torch.autocast(device, enabled=False):
             for c in ChunkedLogps.chunks(h, w):
-                logits = ChunkedLogps.logits(h[c], w)                                # (rows, V)
-                out[c] = logits.gather(1, targets[c, None])[:, 0] - logits.logsumexp(dim=1)
-        ctx.save_for_backward(h, w, targets)
-        ctx.dtypes = h_dtype, weight.dtype, low
+                target = targets[c, None]                                                # (rows, 1)
+                logits = ChunkedLogps.product(h[c], w.t())                               # (rows, V), float32
+                at, total = logits.gather(1, target), logits.logsumexp(dim=1, keepdim=True)
+                out[c] = (at - total)[:, 0]
+                if learns:
+                    probs = logits.sub_(total).exp_()
+                    error[c] = probs.scatter_add_(1, target, -torch.ones_like(at))
+        ctx.save_for_backward(error, h, weight)
         return out
 
     @staticmethod
     def backward(ctx, grad):                             # (N,)
-        h, w, targets = ctx.saved_tensors
-        h_dtype, w_dtype, low = ctx.dtypes
-        grad_h, w_low = torch.empty_like(h), w.to(low)
-        grad_w = torch.zeros(w.shape, dtype=grad.dtype, device=w.device)
+        # d log p / d logits = one-hot - softmax, times the row's upstream gradient
+        error, h, weight = ctx.saved_tensors
+        minus, low = -grad[:, None], error.dtype
         with torch.autocast(h.device.type, enabled=False):
-            for c in ChunkedLogps.chunks(h, w):
-                probs = torch.softmax(ChunkedLogps.logits(h[c], w), dim=1)               # (rows, V)
-                g, ones = -grad[c, None], torch.ones_like(probs[:, :1])
-                probs.scatter_add_(1, targets[c, None], -ones)                           # softmax - one-hot
-                grad_h[c] = (g * (probs.to(low) @ w_low)).to(h.dtype)
-                if h.dtype == torch.bfloat16:
-                    grad_w += torch.mm(probs.to(low).t(), (g * h[c]).to(low), out_dtype=torch.float32)
-                else:
-                    grad_w.addmm_(probs.t(), (g * h[c]))
-        return grad_h.to(h_dtype), grad_w.to(w_dtype), None
+            grad_h = minus * (error @ weight.to(low))                                       # (N, d)
+            grad_w = ChunkedLogps.product(error.t(), (minus * h).to(low))                   # (V, d)
+        return grad_h.to(ctx.h_dtype), grad_w.to(weight.dtype), None, None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -355,8 +352,8 @@ class GPT(nn.Module):
     def token_logps(self, batch):
         """log pi(y_t | x, y_<t) of each response token of a packed batch on the model's device: (N,) float32,
         in the order of `batch.targets`; `batch.owner` says whose each is. Prompt tokens have none."""
-        x = self.packed_hidden(batch)                                               # (T, d)
-        return ChunkedLogps.apply(x[batch.scored], self.wte.weight, batch.targets)  # (N,)
+        x = self.packed_hidden(batch)[batch.scored]                                            # (N, d)
+        return ChunkedLogps.apply(x, self.wte.weight, batch.targets, torch.is_grad_enabled())  # (N,)
 
     def packed_hidden(self, batch):
         """The transformer's output for a packed batch: (T, d)."""
@@ -465,7 +462,7 @@ class GPT(nn.Module):
         responses = [[] for _ in prompts]
         for _ in range(max_new_tokens):
             if x.dtype == torch.bfloat16 and x.is_cuda:                                         # (B, V)
-                logits = ChunkedLogps.logits(x, self.wte.weight)
+                logits = ChunkedLogps.product(x, self.wte.weight.t())
             else:
                 logits = (self.wte.weight.float() @ x.float().t()).t()    # this way round a CPU is faster
             uniform = torch.rand(B, generator=rng).to(device)[rows]

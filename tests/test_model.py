@@ -324,7 +324,7 @@ def test_chunked_logps_equal_log_softmax(rows, monkeypatch):
     targets, upstream = torch.randint(101, (37,), generator=g), torch.randn(37, generator=g)
     monkeypatch.setattr(ChunkedLogps, 'chunks', chunks_of(rows))
     leaves = [h.clone().requires_grad_(), weight.clone().requires_grad_()]
-    out = ChunkedLogps.apply(*leaves, targets)
+    out = ChunkedLogps.apply(*leaves, targets, True)
     out.backward(upstream)
     plain = [h.double().requires_grad_(), weight.double().requires_grad_()]
     expected = (plain[0] @ plain[1].t()).log_softmax(dim=1).gather(1, targets[:, None])[:, 0]
@@ -334,12 +334,44 @@ def test_chunked_logps_equal_log_softmax(rows, monkeypatch):
         close(ours.grad, theirs.grad, 1e-5, scale=theirs.grad.abs().max())
 
 
+@pytest.mark.parametrize('frozen', [0, 1])
+def test_chunked_logps_where_one_factor_is_frozen(frozen):
+    g = torch.Generator().manual_seed(0)
+    factors = [torch.randn(5, 16, generator=g), torch.randn(11, 16, generator=g)]
+    targets = torch.randint(11, (5,), generator=g)
+    grads = []
+    for freeze in (False, True):
+        leaves = [f.clone().requires_grad_(not (freeze and i == frozen)) for i, f in enumerate(factors)]
+        ChunkedLogps.apply(*leaves, targets, True).sum().backward()
+        grads.append([leaf.grad for leaf in leaves])
+    assert grads[1][frozen] is None and torch.equal(grads[0][1 - frozen], grads[1][1 - frozen])
+
+
+def test_a_pass_without_gradients_keeps_no_probabilities():
+    """What is kept for the backward pass, (N, V), is for training alone: the same numbers without it."""
+    model, batch, made = tiny(), pack(some_pairs(3, 2)), []
+    class Made(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, op, kinds, args=(), kwargs=None):
+            out = op(*args, **(kwargs or {}))
+            if torch.is_tensor(out) and out.shape == (len(batch.targets), model.config.vocab_size):
+                made.append(op)
+            return out
+    with pytest.MonkeyPatch.context() as patch, Made():
+        patch.setattr(ChunkedLogps, 'chunks', chunks_of(4))
+        with_gradients = model.token_logps(batch)
+        assert made
+        made.clear()
+        with torch.no_grad():
+            assert torch.equal(model.token_logps(batch), with_gradients)
+        assert not made
+
+
 def test_chunks_cover_every_row_once():
     for rows, vocab in ((1, 50257), (1000, 50257), (5, 256), (3, 2**30)):
         h, weight = torch.empty(rows, 1, device='meta'), torch.empty(vocab, 1, device='meta')
         chunks = ChunkedLogps.chunks(h, weight)
         assert [i for c in chunks for i in range(rows)[c]] == list(range(rows))
-        assert max(c.stop - c.start for c in chunks) * vocab <= max(2**24, vocab)    # 64 MiB of float32 logits
+        assert max(c.stop - c.start for c in chunks) * vocab <= max(2**23, vocab)    # 32 MiB of float32 logits
 
 
 def test_token_logps_of_a_float64_model():
@@ -382,7 +414,7 @@ def test_logits_are_not_rounded_to_bfloat16(device):
     targets = torch.randint(97, (64,), generator=g).to(device)
     exact = (h.double() @ weight.double().t()).log_softmax(dim=1).gather(1, targets[:, None])[:, 0]
     with torch.autocast(device, dtype=torch.bfloat16):
-        out = ChunkedLogps.apply(h, weight.float(), targets)
+        out = ChunkedLogps.apply(h, weight.float(), targets, False)
     assert out.dtype == torch.float32
     assert (out - exact).abs().max() < 1e-3
 
