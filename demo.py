@@ -20,8 +20,8 @@ the Bradley-Terry model on the gold reward. As the reward is known, so is the op
 pi*(y|x) = pi_ref(y|x) exp(r(x,y)/beta) / Z(x): samples of the reference, weighted by exp(r/beta), give the
 highest expected reward that any policy can have at each KL from the reference: the frontier.
 
-The real reviews' gold reward is a classifier's log-odds that a text is positive, fitted on the labelled ones, and
-the better of two always wins, as in the paper. From labels that are certain DPO does not learn exp(r/beta)
+The real reviews' gold reward is a classifier's log-odds that a text is positive, fitted on the labelled ones,
+and the better of two always wins, as in the paper. From such certain labels DPO does not learn exp(r/beta)
 but, given the pairs, something infinitely far away; the frontier still bounds the reward at each KL.
 
 An experiment keeps a line per run in its folder's results.jsonl, and goes on after it.

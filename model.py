@@ -200,6 +200,13 @@ def attention(q, k, v, mask):                # each (..., H, T, D) -> (..., H, T
 # The vocabulary projection
 
 
+def reduce_logits(logits, targets, kept):    # (rows, V), (rows,), dtype or None
+    """A chunk's log-probs (rows,), and its softmax (rows, V) of the dtype `kept`, or None."""
+    total = logits.logsumexp(dim=1, keepdim=True)
+    logps = (logits.gather(1, targets[:, None]) - total)[:, 0]
+    return logps, None if kept is None else (logits - total).exp_().to(kept)
+
+
 class ChunkedLogps(torch.autograd.Function):
     """log softmax(h W^T)[target] at N positions, a chunk of rows at a time.
 
@@ -222,7 +229,7 @@ class ChunkedLogps(torch.autograd.Function):
         return torch.mm(a, b).to(torch.promote_types(a.dtype, torch.float32))
 
     @staticmethod
-    def forward(ctx, h, weight, targets, learns):        # (N, d), (V, d), (N,), bool -> (N,)
+    def forward(ctx, h, weight, targets, learns, reduce):    # (N, d), (V, d), (N,), bool, function -> (N,)
         # rounding GPT-2's logits (near -100) to bf16 would be wrong by 0.25: where bf16 factors cannot be
         # summed into float32 logits, the factors are float32 too
         device = h.device.type
@@ -230,16 +237,15 @@ class ChunkedLogps(torch.autograd.Function):
         dtype = low if h.is_cuda else torch.promote_types(low, torch.float32)
         ctx.h_dtype, h, w = h.dtype, h.to(dtype), weight.to(dtype)
         out = h.new_empty(h.size(0), dtype=torch.promote_types(dtype, torch.float32))
-        error = h.new_empty(h.size(0), w.size(0), dtype=low) if learns else None     # (N, V)
+        error = h.new_empty(h.size(0), w.size(0), dtype=low) if learns else None
         with torch.autocast(device, enabled=False):
             for c in ChunkedLogps.chunks(h, w):
-                target = targets[c, None]                                                # (rows, 1)
-                logits = ChunkedLogps.product(h[c], w.t())                               # (rows, V), float32
-                at, total = logits.gather(1, target), logits.logsumexp(dim=1, keepdim=True)
-                out[c] = (at - total)[:, 0]
+                logits = ChunkedLogps.product(h[c], w.t())                                  # (rows, V)
+                out[c], probs = reduce(logits, targets[c], low if learns else None)
                 if learns:
-                    probs = logits.sub_(total).exp_()
-                    error[c] = probs.scatter_add_(1, target, -torch.ones_like(at))
+                    error[c] = probs
+            if learns:                                                      # at each target: p - 1
+                error.scatter_(1, targets[:, None], torch.expm1(out)[:, None].to(low))
         ctx.save_for_backward(error, h, weight)
         return out
 
@@ -251,7 +257,7 @@ class ChunkedLogps(torch.autograd.Function):
         with torch.autocast(h.device.type, enabled=False):
             grad_h = minus * (error @ weight.to(low))                                       # (N, d)
             grad_w = ChunkedLogps.product(error.t(), (minus * h).to(low))                   # (V, d)
-        return grad_h.to(ctx.h_dtype), grad_w.to(weight.dtype), None, None
+        return grad_h.to(ctx.h_dtype), grad_w.to(weight.dtype), None, None, None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -316,6 +322,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
+    reduce_logits = staticmethod(reduce_logits)    # compiled with the rest, where anything is
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -353,7 +361,8 @@ class GPT(nn.Module):
         """log pi(y_t | x, y_<t) of each response token of a packed batch on the model's device: (N,) float32,
         in the order of `batch.targets`; `batch.owner` says whose each is. Prompt tokens have none."""
         x = self.packed_hidden(batch)[batch.scored]                                            # (N, d)
-        return ChunkedLogps.apply(x, self.wte.weight, batch.targets, torch.is_grad_enabled())  # (N,)
+        learns = torch.is_grad_enabled()
+        return ChunkedLogps.apply(x, self.wte.weight, batch.targets, learns, self.reduce_logits)  # (N,)
 
     def packed_hidden(self, batch):
         """The transformer's output for a packed batch: (T, d)."""

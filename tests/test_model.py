@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo import dpo_loss
-from model import GPT, SIZES, Batch, ChunkedLogps, GPTConfig, block_mask, draw, pack, pieces_mask, their_name, visible
+from model import GPT, SIZES, Batch, ChunkedLogps, GPTConfig, block_mask, draw, pack, pieces_mask, reduce_logits, their_name, visible
 from prepare import InputError
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
@@ -324,7 +324,7 @@ def test_chunked_logps_equal_log_softmax(rows, monkeypatch):
     targets, upstream = torch.randint(101, (37,), generator=g), torch.randn(37, generator=g)
     monkeypatch.setattr(ChunkedLogps, 'chunks', chunks_of(rows))
     leaves = [h.clone().requires_grad_(), weight.clone().requires_grad_()]
-    out = ChunkedLogps.apply(*leaves, targets, True)
+    out = ChunkedLogps.apply(*leaves, targets, True, reduce_logits)
     out.backward(upstream)
     plain = [h.double().requires_grad_(), weight.double().requires_grad_()]
     expected = (plain[0] @ plain[1].t()).log_softmax(dim=1).gather(1, targets[:, None])[:, 0]
@@ -342,7 +342,7 @@ def test_chunked_logps_where_one_factor_is_frozen(frozen):
     grads = []
     for freeze in (False, True):
         leaves = [f.clone().requires_grad_(not (freeze and i == frozen)) for i, f in enumerate(factors)]
-        ChunkedLogps.apply(*leaves, targets, True).sum().backward()
+        ChunkedLogps.apply(*leaves, targets, True, reduce_logits).sum().backward()
         grads.append([leaf.grad for leaf in leaves])
     assert grads[1][frozen] is None and torch.equal(grads[0][1 - frozen], grads[1][1 - frozen])
 
@@ -414,7 +414,7 @@ def test_logits_are_not_rounded_to_bfloat16(device):
     targets = torch.randint(97, (64,), generator=g).to(device)
     exact = (h.double() @ weight.double().t()).log_softmax(dim=1).gather(1, targets[:, None])[:, 0]
     with torch.autocast(device, dtype=torch.bfloat16):
-        out = ChunkedLogps.apply(h, weight.float(), targets, False)
+        out = ChunkedLogps.apply(h, weight.float(), targets, False, reduce_logits)
     assert out.dtype == torch.float32
     assert (out - exact).abs().max() < 1e-3
 

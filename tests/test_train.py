@@ -76,6 +76,22 @@ def test_micro_batches_hold_every_pair_once_and_fit():
         assert all(sizes[b].sum() <= 100 for b in bins)
 
 
+@pytest.mark.parametrize('changed', [dict(loss='dpo'), dict(loss='dpo', reference='live'), dict(loss='simpo')])
+def test_a_compiled_run_equals_a_plain_one(changed, world, monkeypatch):
+    """What is compiled belongs to its model: the policy, the reference, and what the policy's samples are compared
+    with. (dynamo alone, without the compiler behind it: seconds instead of minutes.)"""
+    compiled, calls = torch.compile, []
+
+    def light(function, **options):
+        calls.append(function)
+        return compiled(function, backend='eager', dynamic=options.get('dynamic'))
+    monkeypatch.setattr(torch, 'compile', light)
+    plain, traced = (train.train(world(out_dir=world.path / str(c), compile=c, eval_samples=6, **changed)) for c in (False, True))
+    assert calls and abs(plain['eval/kl']) > 1e-3         # of six samples: an estimate may lie below 0
+    for name, value in plain.items():
+        assert traced[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
 def test_compiled_code_sees_four_sizes_and_no_fewer_tokens_than_there_are():
     for tokens_per_batch in (16384, 2048, 1000, 513):
         sizes = [train.padded(tokens, tokens_per_batch) for tokens in range(1, tokens_per_batch + 1)]
