@@ -212,8 +212,8 @@ class ChunkedLogps(torch.autograd.Function):
 
     The float32 logits of all rows never exist at once: each chunk's are reduced to one number per row. Where
     `learns`, what the gradient needs of them is kept, softmax - one-hot (N, V), in the precision of the
-    products that take it: two bytes a number in bf16, 75 MB for GPT-2 and the 750 response tokens of 8
-    pairs of Anthropic's. Made anew for the backward pass it would cost a tenth of a step instead.
+    products that take it: for GPT-2 100 KB a response token in bf16, twice that in float32, and no more of
+    them than tokens_per_batch. Made anew for the backward pass it would cost a tenth of a step instead.
     """
 
     @staticmethod
@@ -223,41 +223,53 @@ class ChunkedLogps(torch.autograd.Function):
 
     @staticmethod
     def product(a, b):
-        """a b in float32. bf16 factors with float32 sums: on a GPU alone; a CPU rounds the sums to bf16."""
+        """a b in float32 or more. bf16 factors with float32 sums: on a GPU; a CPU rounds the sums to bf16."""
         if a.is_cuda and a.dtype == torch.bfloat16:
             return torch.mm(a, b, out_dtype=torch.float32)
         return torch.mm(a, b).to(torch.promote_types(a.dtype, torch.float32))
 
     @staticmethod
+    def even(weight, dtype):                 # (V, d) -> (V or more, d)
+        """W as `dtype`; for a GPU, whose fast products want even shapes, with zeros to a multiple of 64."""
+        weight = weight.to(dtype)
+        return F.pad(weight, (0, 0, 0, -len(weight) % 64)) if weight.is_cuda else weight
+
+    @staticmethod
     def forward(ctx, h, weight, targets, learns, reduce):    # (N, d), (V, d), (N,), bool, function -> (N,)
         # rounding GPT-2's logits (near -100) to bf16 would be wrong by 0.25: where bf16 factors cannot be
         # summed into float32 logits, the factors are float32 too
-        device = h.device.type
+        device, V = h.device.type, weight.size(0)
         low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
         dtype = low if h.is_cuda else torch.promote_types(low, torch.float32)
-        ctx.h_dtype, h, w = h.dtype, h.to(dtype), weight.to(dtype)
+        ctx.h_dtype, h, w = h.dtype, h.to(dtype), ChunkedLogps.even(weight, dtype)
         out = h.new_empty(h.size(0), dtype=torch.promote_types(dtype, torch.float32))
         error = h.new_empty(h.size(0), w.size(0), dtype=low) if learns else None
         with torch.autocast(device, enabled=False):
             for c in ChunkedLogps.chunks(h, w):
-                logits = ChunkedLogps.product(h[c], w.t())                                  # (rows, V)
+                logits = ChunkedLogps.product(h[c], w.t())[:, :V]                           # (rows, V)
                 out[c], probs = reduce(logits, targets[c], low if learns else None)
                 if learns:
-                    error[c] = probs
-            if learns:                                                      # at each target: p - 1
-                error.scatter_(1, targets[:, None], torch.expm1(out)[:, None].to(low))
+                    error[c, :V] = probs
+                del logits, probs                              # before the next chunk's
+        if learns:                                         # at each target p - 1, exact where p is nearly 1
+            error[torch.arange(len(targets), device=h.device), targets] = torch.expm1(out).to(low)
+            error[:, V:] = 0
         ctx.save_for_backward(error, h, weight)
         return out
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):                             # (N,)
         # d log p / d logits = one-hot - softmax, times the row's upstream gradient
         error, h, weight = ctx.saved_tensors
-        minus, low = -grad[:, None], error.dtype
+        minus, low, grad_h, grad_w = -grad[:, None], error.dtype, None, None
         with torch.autocast(h.device.type, enabled=False):
-            grad_h = minus * (error @ weight.to(low))                                       # (N, d)
-            grad_w = ChunkedLogps.product(error.t(), (minus * h).to(low))                   # (V, d)
-        return grad_h.to(ctx.h_dtype), grad_w.to(weight.dtype), None, None, None
+            if ctx.needs_input_grad[0]:
+                grad_h = (minus * (error @ ChunkedLogps.even(weight, low))).to(ctx.h_dtype)  # (N, d)
+            if ctx.needs_input_grad[1]:
+                grad_w = ChunkedLogps.product(error.t(), (minus * h).to(low))                # (V, d)
+                grad_w = grad_w[:len(weight)].to(weight.dtype)
+        return grad_h, grad_w, None, None, None
 
 
 # ------------------------------------------------------------------------------------------------------------

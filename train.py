@@ -18,6 +18,7 @@ import dataclasses
 import difflib
 import fcntl
 import functools
+import gc
 import hashlib
 import inspect
 import json
@@ -642,7 +643,7 @@ def compile_blocks(model, cfg):
     if cfg.compile:
         torch._dynamo.config.recompile_limit = 32
         model.hidden = torch.compile(model.hidden, dynamic=False if cfg.device == 'cuda' else None)
-        model.reduce_logits = torch.compile(model.reduce_logits)    # 3 passes over the logits instead of 10
+        model.reduce_logits = torch.compile(model.reduce_logits)
 
 
 def load_reference(path, cfg):
@@ -775,20 +776,23 @@ def train(cfg):
                 say(f'resuming with {name} = {getattr(cfg, name)!r}, which was {was!r}')
 
     # the reference: frozen, and its log-probs known before the first step
-    reference = copy.deepcopy(first).requires_grad_(False) if cfg.reference == 'live' else None
-    compared = None                                        # what the policy's own samples are compared with
-    if cfg.eval_samples:
-        compared = copy.deepcopy(first).requires_grad_(False) if reference is None else reference
-    for m in {model, first, reference, compared} - {None}:  # copies made later would call the first one's code
-        compile_blocks(m, cfg)
+    frozen = first                                         # a model apart, where it stays beside the policy
+    if first is model and (cfg.reference == 'live' or cfg.eval_samples):
+        frozen = copy.deepcopy(model).requires_grad_(False)
+    reference = frozen if cfg.reference == 'live' else None
+    compared = frozen if cfg.eval_samples else None        # what the policy's own samples are compared with
+    compile_blocks(model, cfg)                             # not before: a copy would call the policy's code
+    if frozen is not model:
+        compile_blocks(frozen, cfg)
     reference_train = reference_val = reference
     if needs_reference(cfg.loss) and reference is None:
         if not cfg.eval_only:
             seen = np.arange(n) if cfg.max_iters * cfg.batch_size >= n else np.concatenate(
                 [step_indices(s, n, cfg.batch_size, cfg.seed) for s in range(cfg.max_iters)])
-            reference_train = cached_reference(first, base, train_pairs, seen, cfg)
-        reference_val = cached_reference(first, base, val_pairs, val, cfg) if len(val) else None
-    del first
+            reference_train = cached_reference(frozen, base, train_pairs, seen, cfg)
+        reference_val = cached_reference(frozen, base, val_pairs, val, cfg) if len(val) else None
+    del first, frozen
+    gc.collect()                                           # a compiled model refers to itself
 
     optimizer = torch.optim.AdamW(
         [dict(params=[p for p in model.parameters() if p.dim() > 1], weight_decay=cfg.weight_decay),

@@ -16,6 +16,7 @@ import math
 import os
 import shutil
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,8 +24,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import train
 from dpo import dpo_loss
-from model import GPT, SIZES, Batch, ChunkedLogps, GPTConfig, block_mask, draw, pack, pieces_mask, reduce_logits, their_name, visible
+from model import (GPT, SIZES, Batch, ChunkedLogps, GPTConfig, block_mask, draw, pack, pieces_mask, reduce_logits, their_name,
+                   visible)
 from prepare import InputError
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
@@ -202,10 +205,10 @@ def chunks_of(rows):
 
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(pairs=pair_lists(), piece=st.sampled_from([1, 20, 64, 10**6]), rows=st.sampled_from([1, 3, 16, 10**6]),
-       pad=st.sampled_from([0, 1, 50]), seed=st.integers(0, 3))
-def test_token_logps_equal_the_plain_twin(pairs, piece, rows, pad, seed):
+       pad=st.sampled_from([0, 1, 50]), zeros=st.sampled_from([0, 7]), seed=st.integers(0, 3))
+def test_token_logps_equal_the_plain_twin(pairs, piece, rows, pad, zeros, seed):
     """Per-token log-probs, their sums, a loss, and the gradient of every parameter, to 1e-5, whatever the shapes of the
-    pairs, the pieces of the attention, the chunks of the projection and the padding."""
+    pairs, the pieces of the attention, the chunks of the projection, the padding and, as on a GPU, the zeros beside W."""
     model = tiny(seed)
     twin = copy.deepcopy(model).double()
     B, K = len(pairs), len(pairs[0][1])
@@ -215,6 +218,8 @@ def test_token_logps_equal_the_plain_twin(pairs, piece, rows, pad, seed):
     batch.mask = pieces_mask(batch, piece)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ChunkedLogps, 'chunks', chunks_of(rows))
+        patch.setattr(ChunkedLogps, 'even', staticmethod(
+            lambda weight, dtype: torch.nn.functional.pad(weight.to(dtype), (0, 0, 0, zeros))))
         logps = model.token_logps(batch)
         sums = batch.sum_by_response(logps)
         expected = slow_logps(twin, pairs)
@@ -335,16 +340,36 @@ def test_chunked_logps_equal_log_softmax(rows, monkeypatch):
 
 
 @pytest.mark.parametrize('frozen', [0, 1])
-def test_chunked_logps_where_one_factor_is_frozen(frozen):
+def test_chunked_logps_where_one_factor_is_frozen(frozen, monkeypatch):
     g = torch.Generator().manual_seed(0)
     factors = [torch.randn(5, 16, generator=g), torch.randn(11, 16, generator=g)]
     targets = torch.randint(11, (5,), generator=g)
-    grads = []
+    grads, calls, product = [], [], ChunkedLogps.product
+    monkeypatch.setattr(ChunkedLogps, 'product', staticmethod(lambda a, b: (calls.append(b.shape), product(a, b))[1]))
     for freeze in (False, True):
         leaves = [f.clone().requires_grad_(not (freeze and i == frozen)) for i, f in enumerate(factors)]
-        ChunkedLogps.apply(*leaves, targets, True, reduce_logits).sum().backward()
+        out = ChunkedLogps.apply(*leaves, targets, True, reduce_logits)
+        calls.clear()
+        out.sum().backward()
+        assert len(calls) == (0 if freeze and frozen == 1 else 1)       # no gradient is made for nothing
         grads.append([leaf.grad for leaf in leaves])
     assert grads[1][frozen] is None and torch.equal(grads[0][1 - frozen], grads[1][1 - frozen])
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_gradients_of_chunked_logps_in_other_precisions(dtype):
+    g = torch.Generator().manual_seed(0)
+    factors = [torch.randn(9, 16, generator=g).to(dtype), 0.3 * torch.randn(31, 16, generator=g).to(dtype)]
+    targets, upstream = torch.randint(31, (9,), generator=g), torch.randn(9, generator=g)
+    leaves, plain = [f.clone().requires_grad_() for f in factors], [f.double().requires_grad_() for f in factors]
+    out = ChunkedLogps.apply(*leaves, targets, True, reduce_logits)
+    out.backward(upstream.to(out.dtype))
+    expected = (plain[0] @ plain[1].t()).log_softmax(dim=1).gather(1, targets[:, None])[:, 0]
+    expected.backward(upstream.double())
+    close(out.detach(), expected.detach(), 1e-5)
+    for ours, theirs in zip(leaves, plain):
+        assert ours.grad.dtype == dtype
+        close(ours.grad.double(), theirs.grad, 1e-12 if dtype == torch.float64 else 0.02, scale=theirs.grad.abs().max())
 
 
 def test_a_pass_without_gradients_keeps_no_probabilities():
@@ -356,14 +381,16 @@ def test_a_pass_without_gradients_keeps_no_probabilities():
             if torch.is_tensor(out) and out.shape == (len(batch.targets), model.config.vocab_size):
                 made.append(op)
             return out
+    kept_as = []
+    model.reduce_logits = lambda logits, targets, kept: (kept_as.append(kept), reduce_logits(logits, targets, kept))[1]
     with pytest.MonkeyPatch.context() as patch, Made():
         patch.setattr(ChunkedLogps, 'chunks', chunks_of(4))
         with_gradients = model.token_logps(batch)
-        assert made
-        made.clear()
+        assert made and set(kept_as) == {torch.float32}
+        made.clear(), kept_as.clear()
         with torch.no_grad():
             assert torch.equal(model.token_logps(batch), with_gradients)
-        assert not made
+        assert not made and set(kept_as) == {None}
 
 
 def test_chunks_cover_every_row_once():
@@ -891,18 +918,21 @@ def logps_and_gradients(model, batch, low):
 
 @needs_cuda
 @pytest.mark.parametrize('low', [False, True], ids=['float32', 'bfloat16'])
-def test_cuda_compiled_flex_attention_equals_the_pieces(low):
+def test_cuda_compiled_flex_attention_equals_the_pieces(low, monkeypatch):
     """As train.py runs on a GPU: fixed shape, FlexAttention, torch.compile, bfloat16. The twin: float32, pieces, eager.
     Two batches of one shape go through the compiled code, so that nothing of the first is left in the second."""
     model = cuda_model()
     twin = copy.deepcopy(model)
-    model.hidden = torch.compile(model.hidden)
+    train.compile_blocks(model, SimpleNamespace(compile=True, device='cuda'))
+    monkeypatch.setattr(ChunkedLogps, 'chunks', chunks_of(100))       # several, and a shorter one at the end
     for seed in (0, 1):
         pairs = some_pairs(10, 2, seed=seed, block=128)
         exact = logps_and_gradients(twin, pack(pairs).to('cuda'), low=False)
         batch = pack(pairs, pad_to=4096).to('cuda')
         batch.mask = block_mask(batch)
         fast = logps_and_gradients(model, batch, low)
+        with torch.no_grad(), torch.autocast('cuda', dtype=torch.bfloat16, enabled=low):
+            close(model.token_logps(batch), fast[0], 2e-2 if low else 1e-4)
         if low:
             check_bfloat16(exact, fast)
         else:

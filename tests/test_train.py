@@ -6,6 +6,7 @@ train.py: the data of a step, the loop, resuming, evaluation, and what stops a r
 A tiny byte-level GPT with random weights and a few dozen made-up pairs stand in for the real thing.
 """
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -76,20 +77,50 @@ def test_micro_batches_hold_every_pair_once_and_fit():
         assert all(sizes[b].sum() <= 100 for b in bins)
 
 
-@pytest.mark.parametrize('changed', [dict(loss='dpo'), dict(loss='dpo', reference='live'), dict(loss='simpo')])
+@pytest.mark.parametrize('changed', [
+    dict(loss='dpo'), dict(loss='dpo', reference='live'), dict(loss='simpo'), dict(loss='dpo', reference_from='other')])
 def test_a_compiled_run_equals_a_plain_one(changed, world, monkeypatch):
     """What is compiled belongs to its model: the policy, the reference, and what the policy's samples are compared
     with. (dynamo alone, without the compiler behind it: seconds instead of minutes.)"""
-    compiled, calls = torch.compile, []
+    if 'reference_from' in changed:
+        torch.manual_seed(1)
+        config = GPTConfig(block_size=64, vocab_size=257, n_layer=2, n_head=2, n_embd=32, eos_token_id=256)
+        GPT(config).save_pretrained(world.path / 'other')
+        changed = changed | dict(reference_from=world.path / 'other')
+    compiled, ran = torch.compile, set()
 
     def light(function, **options):
-        calls.append(function)
-        return compiled(function, backend='eager', dynamic=options.get('dynamic'))
+        traced = compiled(function, backend='eager', dynamic=options.get('dynamic'))
+        return lambda *args: (ran.add(function.__name__), traced(*args))[1]
     monkeypatch.setattr(torch, 'compile', light)
-    plain, traced = (train.train(world(out_dir=world.path / str(c), compile=c, eval_samples=6, **changed)) for c in (False, True))
-    assert calls and abs(plain['eval/kl']) > 1e-3         # of six samples: an estimate may lie below 0
+    plain, traced = (train.train(world(out_dir=world.path / str(c), compile=c, eval_samples=6, **changed))
+                     for c in (False, True))
+    assert ran == {'hidden', 'reduce_logits'}
+    assert abs(plain['eval/kl']) > 1e-3                       # of six samples: an estimate may lie below 0
     for name, value in plain.items():
         assert traced[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize('compiled', [False, True])
+@pytest.mark.parametrize('changed, models', [
+    (dict(), 1), (dict(reference_from='base'), 1), (dict(reference='live'), 2), (dict(eval_samples=4), 2)])
+def test_a_cached_reference_is_gone_before_the_first_step(changed, models, compiled, world, monkeypatch):
+    if 'reference_from' in changed:
+        changed = dict(reference_from=world.path / 'base')
+    alive, adamw, torch_compile = [], torch.optim.AdamW, torch.compile
+
+    def count():
+        return sum(type(o) is GPT for o in gc.get_objects())
+
+    def counting(*args, **options):
+        alive.append(count() - before)
+        return adamw(*args, **options)
+    gc.collect()
+    before = count()
+    monkeypatch.setattr(torch.optim, 'AdamW', counting)
+    monkeypatch.setattr(torch, 'compile', lambda function, **options: torch_compile(function, backend='eager'))
+    train.train(world(compile=compiled, max_iters=1, **changed))
+    assert alive == [models]
 
 
 def test_compiled_code_sees_four_sizes_and_no_fewer_tokens_than_there_are():
