@@ -750,6 +750,8 @@ def main(argv):
 
 
 if __name__ == '__main__':
+    if {'-h', '--help'} & set(sys.argv):
+        sys.exit(print(__doc__.strip()))
     try:
         main(sys.argv[1:])
     except prepare.InputError as e:

@@ -498,8 +498,9 @@ def read_imdb(source, kind):
     `source` is a folder of files like train_pos.jsonl.gz, or a data set of the hub."""
     pattern = 'train_unsup.jsonl*' if kind == 'unsup' else f'{kind}_[np]*.jsonl*'
     files = sorted(glob.glob(os.path.join(glob.escape(source), pattern)))
-    if not files and os.path.isdir(source):
-        raise InputError(f'{source}: no {pattern} in it')
+    if not files and (os.path.isdir(source) or source.count('/') != 1):
+        raise InputError(f'{source}: no {pattern} in it' if os.path.isdir(source) else
+                         f'{source}: neither a folder of reviews nor owner/name of the hub')
     names = {'pos': 1, 'neg': 0, 1: 1, 0: 0}
     split = '' if files else kind.replace('unsup', 'unsupervised')
     texts, labels = [], []
@@ -574,9 +575,9 @@ def imdb(source, o):
     """The DPO paper's controlled sentiment experiment: real prompts, a base model that has learnt reviews, a
     classifier for gold reward; DPO at several beta, and SFT on the chosen, by reward and KL, with samples."""
     out, n_pairs = o.out or 'out/imdb', o.pairs or 20000
-    os.makedirs(out, exist_ok=True)
     tokenizer = 'gpt2' if o.base else 'gpt2:4096'
     texts, labels = read_imdb(source, 'train')
+    os.makedirs(out, exist_ok=True)
     log_odds = fit_classifier(texts, labels)
     test_texts, test_labels = read_imdb(source, 'test')
     right = np.mean((log_odds(test_texts) > 0) == test_labels)
@@ -642,6 +643,7 @@ def main(argv):
     for name, least in dict(seeds=1, pairs=0, max_iters=0, samples=2).items():
         if getattr(o, name) < least:
             raise InputError(f'{name}: {getattr(o, name)} is less than {least}')
+    plot.pyplot()                                # better missed now than after the last run
     commands[argv[0]](*sources, o)
 
 

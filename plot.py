@@ -11,6 +11,7 @@ import sys
 
 import numpy as np
 
+from model import load_json
 from prepare import InputError
 from train import run
 
@@ -28,12 +29,19 @@ def read_jsonl(path):
         raise InputError(f'{path}: not JSON lines ({e})')
 
 
-def figure(columns, rows, width=3.4, height=2.6):
-    import matplotlib
+def pyplot():
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        raise InputError('matplotlib is not installed; requirements-dev.txt has it')
     matplotlib.use('Agg')    # to a file, also where there is no screen
-    import matplotlib.pyplot as plt
-    return plt.subplots(rows, columns, figsize=(columns * width, rows * height), squeeze=False,
-                        constrained_layout=True)
+    import matplotlib.pyplot
+    return matplotlib.pyplot
+
+
+def figure(columns, rows, width=3.4, height=2.6):
+    return pyplot().subplots(rows, columns, figsize=(columns * width, rows * height), squeeze=False,
+                             constrained_layout=True)
 
 
 def curves(folders, path='curves.png'):
@@ -61,8 +69,7 @@ def curves(folders, path='curves.png'):
 def frontier(folder, path=None):
     """Runs of `demo.py frontier` on the plane of KL and gold reward, beside the highest reward there is."""
     path = path or os.path.join(folder, 'frontier.png')
-    with open(os.path.join(folder, 'frontier.json')) as f:
-        curve = json.load(f)
+    curve = load_json(os.path.join(folder, 'frontier.json'))
     lines = read_jsonl(os.path.join(folder, 'results.jsonl'))
     fig, ((ax,),) = figure(1, 1, 7.5, 5)
     for style, label, some in (

@@ -68,6 +68,8 @@ def read_prompts(options, run, tokenizer):
             raise InputError('prompts: val needs a run\'s folder, which knows its data')
         pairs = Pairs(prepare(run), 'val')
         ids = [pairs[i][0].tolist() for i in range(len(pairs))][:options.limit or None]
+        if not ids:
+            raise InputError('prompts: the run has no validation pairs')
         return [(tokenizer.decode(p), p) for p in ids]
     texts = [options.prompt.replace('\\n', '\n')] if options.prompt else []
     if options.prompts.endswith('.txt'):
@@ -83,6 +85,8 @@ def read_prompts(options, run, tokenizer):
                 texts.append(text_of(record if isinstance(record, dict) else {}, 'prompt'))
             except InputError as e:
                 raise InputError(f'prompts: {where}: {e}')
+    if options.prompts and not texts:
+        raise InputError(f'prompts: there are none in {options.prompts}')
     return [as_prompt(text, options, tokenizer) for text in texts]
 
 
@@ -201,6 +205,9 @@ def main(argv):
         raise InputError(f'template, dtype: {options.template!r} or {options.dtype!r} is not known')
     if options.prompt and options.prompts:
         raise InputError('prompt, prompts: give one of the two')
+    for name in ('prompt', 'response'):
+        if name in options.given and not getattr(options, name):
+            raise InputError(f'{name}: is empty')
     if options.response and not options.credit:
         raise InputError('response: ignored without credit')
     if options.credit and options.n > 1:
@@ -256,8 +263,12 @@ def main(argv):
             answer(prompts, out)
     else:
         print('a prompt a line; an empty line ends')
+        texts = iter(lambda: sys.stdin.readline().rstrip('\n'), '')
+        first = next(texts, None)
+        if first is None:                                  # nothing asked: an older file stays
+            return
         with open(path, 'w', encoding='utf-8') if path else contextlib.nullcontext() as out:
-            while text := sys.stdin.readline().rstrip('\n'):
+            for text in itertools.chain([first], texts):
                 answer([as_prompt(text.replace('\\n', '\n'), options, tokenizer)], out)
     if path:
         print(f'\n-> {path}')

@@ -886,6 +886,9 @@ def train(cfg):
     say(', '.join([f'loss {cfg.loss}', *(f'{name} {value}' for name, value in told.items())]))
     if not len(val):
         say(f'note: no validation pairs (val_fraction {cfg.val_fraction}), so there is nothing to evaluate')
+    if cfg.max_iters <= cfg.warmup_iters:
+        say(f'note: all {cfg.max_iters} steps are warm-up (warmup_iters {cfg.warmup_iters}): the learning '
+            f'rate does not come to {cfg.learning_rate:g}')
     say(f'{model.num_params():,} parameters; {n:,} pairs to train on, {len(val):,} to validate; '
         f'{cfg.max_iters} steps of {cfg.batch_size} pairs on {cfg.device} in {cfg.dtype}')
     bar = tqdm(total=cfg.max_iters, initial=state['step'], unit=' steps', disable=None if RANK == 0 else True)
@@ -997,7 +1000,7 @@ def train(cfg):
 
 def run(main, doc, argv):
     """A command's frame: help, one line for what the user can mend, and quiet when interrupted."""
-    if not argv or argv[0] in ('-h', '--help'):
+    if not argv or {'-h', '--help'} & set(argv):
         raise SystemExit(print(doc.strip()))
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))    # what is half written goes
     try:

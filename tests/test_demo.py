@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import math
+import sys
 import zlib
 
 import numpy as np
@@ -224,3 +225,17 @@ def test_imdb_from_reviews_to_a_picture(tmp_path, capsys, gpt2, monkeypatch):
     assert (tmp_path / 'out' / 'frontier.png').exists()
     with pytest.raises(InputError, match='no train_'):
         demo.main(['imdb', str(tmp_path)])
+    with pytest.raises(InputError, match='missing: neither a folder of reviews nor owner/name of the hub'):
+        demo.main(['imdb', 'missing'])
+
+
+def test_without_matplotlib_experiments_say_so_before_they_run(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    with pytest.raises(InputError, match='matplotlib is not installed'):
+        demo.main(['frontier', f'--out={tmp_path / "out"}'])
+    assert not (tmp_path / 'out').exists()
+
+
+def test_a_picture_of_a_folder_without_results(tmp_path):
+    with pytest.raises(InputError, match='frontier.json: no such file'):
+        plot.main([f'--frontier={tmp_path}'])

@@ -67,9 +67,20 @@ def test_prompts_from_files_and_from_the_keyboard(models, tmp_path, monkeypatch,
     assert all(word in out for word in ('one', 'two', 'Human: three\n\nAssistant:', 'four')) and 'five' not in out
 
 
+def test_nothing_asked_leaves_what_was_written(models, tmp_path, monkeypatch):
+    (tmp_path / 'out.jsonl').write_text('before')
+    monkeypatch.setattr('sys.stdin', io.StringIO(''))
+    sample.main([str(models / 'a'), '--tokenizer=byte', f'--out={tmp_path / "out.jsonl"}'])
+    assert (tmp_path / 'out.jsonl').read_text() == 'before'
+    monkeypatch.setattr('sys.stdin', io.StringIO('a\nb\n'))
+    sample.main([str(models / 'a'), '--tokenizer=byte', '--max_new_tokens=2', f'--out={tmp_path / "out.jsonl"}'])
+    assert [line['prompt'] for line in lines(tmp_path / 'out.jsonl')] == ['a', 'b']
+
+
 @pytest.mark.parametrize('args, message', [
     (['--tokenizer=gpt3'], "tokenizer: 'gpt3'"), (['--prompts=val'], 'prompts: val needs a run'),
-    (['--prompts=missing.txt'], 'missing.txt cannot be read'), (['--tempreature=1'], "'temperature' is")])
+    (['--prompts=missing.txt'], 'missing.txt cannot be read'), (['--prompt='], 'prompt: is empty'),
+    (['--tempreature=1'], "'temperature' is")])
 def test_bad_options(models, args, message):
     with pytest.raises(InputError, match=message):
         sample.main([str(models / 'a'), *(args if 'tokenizer' in args[0] else ['--tokenizer=byte', *args])])
@@ -89,6 +100,9 @@ def test_bad_prompts_leave_what_was_written(models, tmp_path, content, message):
     assert len(str(caught.value).splitlines()) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ['out.jsonl', 'p.jsonl']
     assert (tmp_path / 'out.jsonl').read_text() == 'before'
+    (tmp_path / 'none.jsonl').write_bytes(b'')
+    with pytest.raises(InputError, match='prompts: there are none in .*none.jsonl'):
+        sample.main([str(models / 'a'), '--tokenizer=byte', f'--prompts={tmp_path}/none.jsonl'])
     (tmp_path / 'p.txt').write_bytes(b'\xff' * 9999)
     with pytest.raises(InputError, match='p.txt cannot be read .UnicodeDecodeError') as caught:
         sample.main([str(models / 'a'), '--tokenizer=byte', f'--prompts={tmp_path}/p.txt'])
@@ -157,7 +171,8 @@ def test_scores_of_a_file(models, capsys):
 
 
 @pytest.mark.parametrize('args, message', [
-    (['--credit', '--prompt=x'], 'credit: needs a reference'), (['--response=x', '--prompt=x'], 'response: ignored'),
+    (['--credit', '--prompt=x'], 'credit: needs a reference'), (['--credit', '--response='], 'response: is empty'),
+    (['--response=x', '--prompt=x'], 'response: ignored'),
     (['--score=x.jsonl', '--n=2'], 'n: ignored with score'), (['--score=x.jsonl'], 'is no run of train.py')])
 def test_bad_credit_and_score(models, args, message):
     with pytest.raises(InputError, match=message):

@@ -284,6 +284,13 @@ def test_nothing_that_is_not_a_number_reaches_the_weights(world):
     assert not (world.path / 'run' / 'ckpt.pt').exists()
 
 
+def test_a_run_that_is_all_warm_up_says_so(world, capsys):
+    train.train(world(max_iters=1, warmup_iters=1))
+    assert 'note: all 1 steps are warm-up (warmup_iters 1): the learning rate does not come to 0.001' in capsys.readouterr().out
+    train.train(world(max_iters=2, warmup_iters=1, overwrite=True))
+    assert 'warm-up' not in capsys.readouterr().out
+
+
 def test_a_finished_or_running_run_is_not_overwritten(world):
     train.train(world(max_iters=1))
     before = (world.path / 'run' / 'ckpt.pt').read_bytes()
