@@ -750,9 +750,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    if {'-h', '--help'} & set(sys.argv):
-        sys.exit(print(__doc__.strip()))
-    try:
-        main(sys.argv[1:])
-    except prepare.InputError as e:
-        sys.exit(f'error: {e}')
+    train.run(main, __doc__, sys.argv[1:] or ['all'])

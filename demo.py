@@ -498,9 +498,10 @@ def read_imdb(source, kind):
     `source` is a folder of files like train_pos.jsonl.gz, or a data set of the hub."""
     pattern = 'train_unsup.jsonl*' if kind == 'unsup' else f'{kind}_[np]*.jsonl*'
     files = sorted(glob.glob(os.path.join(glob.escape(source), pattern)))
-    if not files and (os.path.isdir(source) or source.count('/') != 1):
-        raise InputError(f'{source}: no {pattern} in it' if os.path.isdir(source) else
-                         f'{source}: neither a folder of reviews nor owner/name of the hub')
+    if not files and os.path.isdir(source):
+        raise InputError(f'{source}: no {pattern} in it')
+    if not files and source.count('/') != 1:
+        raise InputError(f'{source}: neither a folder of reviews nor owner/name of the hub')
     names = {'pos': 1, 'neg': 0, 1: 1, 0: 0}
     split = '' if files else kind.replace('unsup', 'unsupervised')
     texts, labels = [], []

@@ -241,7 +241,8 @@ class ChunkedLogps(torch.autograd.Function):
         device, V = h.device.type, weight.size(0)
         low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
         dtype = low if h.is_cuda else torch.promote_types(low, torch.float32)
-        ctx.h_dtype, h, w = h.dtype, h.to(dtype), ChunkedLogps.even(weight, dtype)
+        ctx.V, ctx.dtypes = V, (h.dtype, weight.dtype)
+        h, w = h.to(dtype), ChunkedLogps.even(weight, dtype)
         out = h.new_empty(h.size(0), dtype=torch.promote_types(dtype, torch.float32))
         error = h.new_empty(h.size(0), w.size(0), dtype=low) if learns else None
         with torch.autocast(device, enabled=False):
@@ -254,21 +255,22 @@ class ChunkedLogps(torch.autograd.Function):
         if learns:                                         # at each target p - 1, exact where p is nearly 1
             error[torch.arange(len(targets), device=h.device), targets] = torch.expm1(out).to(low)
             error[:, V:] = 0
-        ctx.save_for_backward(error, h, weight)
+        ctx.save_for_backward(error, h, w)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):                             # (N,)
         # d log p / d logits = one-hot - softmax, times the row's upstream gradient
-        error, h, weight = ctx.saved_tensors
+        error, h, w = ctx.saved_tensors
+        h_dtype, w_dtype = ctx.dtypes
         minus, low, grad_h, grad_w = -grad[:, None], error.dtype, None, None
         with torch.autocast(h.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                grad_h = (minus * (error @ ChunkedLogps.even(weight, low))).to(ctx.h_dtype)  # (N, d)
+                grad_h = (minus * (error @ w.to(low))).to(h_dtype)                  # (N, d)
             if ctx.needs_input_grad[1]:
-                grad_w = ChunkedLogps.product(error.t(), (minus * h).to(low))                # (V, d)
-                grad_w = grad_w[:len(weight)].to(weight.dtype)
+                grad_w = ChunkedLogps.product(error.t(), (minus * h).to(low))       # (V or more, d)
+                grad_w = grad_w[:ctx.V].to(w_dtype)                                 # (V, d)
         return grad_h, grad_w, None, None, None
 
 
@@ -482,7 +484,7 @@ class GPT(nn.Module):
         going = torch.ones(B, dtype=torch.bool, device=device)
         responses = [[] for _ in prompts]
         for _ in range(max_new_tokens):
-            if x.dtype == torch.bfloat16 and x.is_cuda:                                         # (B, V)
+            if x.is_cuda:                                                                       # (B, V)
                 logits = ChunkedLogps.product(x, self.wte.weight.t())
             else:
                 logits = (self.wte.weight.float() @ x.float().t()).t()    # this way round a CPU is faster
