@@ -1,34 +1,36 @@
 """
 Preference pairs, from anywhere, to token files that train.py maps into memory.
 
-    python prepare.py Anthropic/hh-rlhf:harmless-base      # the hub; a subset after the colon
     python prepare.py my_pairs.jsonl.gz --show=3           # look first, write nothing
-    python prepare.py config/dpo_gpt2.py --split=test      # as a config says; train.py does this by itself
+    python prepare.py Anthropic/hh-rlhf:harmless-base      # the hub; a subset after the colon
+    python prepare.py pairs.csv --tokenizer=my-model       # my-model/tokenizer.json and its template
 
-Sources: `demo`; a local .jsonl, .jsonl.gz, .json (one list) or .parquet file; any data set of the hub.
-Records, told apart by their keys:
+train.py calls this by itself. Sources: .jsonl, .jsonl.gz, .json (one list), .csv, .tsv, .parquet, and
+any data set of the hub. The shapes of records, told apart by their keys:
 
     {"prompt": "...", "chosen": "...", "rejected": "..."}           strings, taken byte for byte
-    {"chosen": "\\n\\nHuman: ...", "rejected": "\\n\\nHuman: ..."}  transcripts: the prompt is what they share
+    {"chosen": "\\n\\nHuman: ...", "rejected": "\\n\\nHuman: ..."}      transcripts: they share the prompt
     {"chosen": [{"role": ..., "content": ...}], "rejected": [...]}  chats, with or without "prompt"
-    {"instruction": "...", "input": "...", "chosen": ..., ...}      Alpaca
-    {"prompt": "...", "responses": ["best", ..., "worst"]}          a ranking of K
-    {"prompt": "...", "chosen": "..."}                              no comparison: for loss = 'sft' alone
+    {"messages" or "conversations": [...], "chosen": ..., ...}      chats; ShareGPT's from/value, too
+    {"instruction" or "question": "...", "input": "...", ...}       one user turn; Alpaca
+    {..., "response_j": "...", "response_k": "..."}                 other names of chosen and rejected
+    {..., "output_1": "...", "output_2": "...", "preference": 1}    AlpacaEval; 1 to 2: p = 2 - preference
+    {"prompt": "...", "responses": ["best", ..., "worst"]}          a ranking, or sorted by "scores"
+    {"prompt": "...", "chosen": "..."}, {"messages": [...]}         no comparison: for loss = 'sft' only
 
-and with any of them "p", the probability that chosen is better; "chosen_score" and "rejected_score"; or a
-"margin", by how much chosen is the better, for reward models.
+All may have "chosen_score" and "rejected_score", and the numbers of NUMBERS. For other shapes, set
+`convert` in a config file: a function from a record to one of these, or to None to leave it out.
 
-Written to data/NAME-KEY/ (KEY: a hash of the settings), each split as tokens end to end and a table of where
-they are, plus meta.json. Nothing is cleaned: a bad record stops the run with its line number (or is left out
-and counted: --bad_records=skip), and what truncation costs is printed.
-Left out: cleaning, deduplication, mixing of sources, chat templates of other models.
+A chat is written by the model's own template, or as \\n\\nHuman: ... \\n\\nAssistant: ... without one.
+Output: data/NAME-KEY/ with tokens.bin (all tokens, end to end), pairs.npy (a table of where they are)
+and meta.json. KEY is a hash of the settings, the source and this file: an edit prepares anew.
+Left out: cleaning, deduplication, mixing of sources, tools and documents in chats.
 """
-import contextlib
-import fcntl
+import csv
 import functools
-import glob
 import gzip
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -36,402 +38,519 @@ import multiprocessing
 import os
 import re
 import shutil
-import signal
 import sys
-import time
-import zlib
-from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from reprlib import repr as short    # a message is one line, and a bad value may be megabytes
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from reprlib import repr as brief       # values in messages: one line, though a record may be megabytes
 from types import SimpleNamespace
 
 import numpy as np
+import tiktoken
 from tqdm import tqdm
 
-FORMAT = 3              # of the files written; another number means they are not readable here
+from configurator import InputError, configure, first_line, run
+
 END = '<|endoftext|>'
-MAX_LINE = 8 * 2**20    # bytes: more than that is not a record but a file of another kind
-CHUNK = 2**20           # bytes of records that one worker takes at a time
+CHUNK = 2**20           # bytes of records that a worker takes at a time
+# Numbers that a record may have, with their defaults. An objective asks for one by its name.
+NUMBERS = {'p': 1.0,        # the probability that chosen is better
+           'margin': 0.0}   # by how much it is better, for reward models
 
 
-class InputError(ValueError):
-    """What a user can mend: a file, a key, a value. One line; the commands print it and exit with 1."""
+@dataclass
+class Data:
+    """Settings of the data; train.Config adds its own."""
+    dataset: str = ''                   # a file, or a name of the hub
+    split: str = ''                     # of a hub data set; empty: train_prefs or train
+    tokenizer: str = ''                 # byte, a name of tiktoken's, a folder with tokenizer.json;
+                                        # empty: the model's own, gpt2 where there is no model
+    template: str = ''                  # 'chat': a prompt string is a user turn of the chat template
+    max_length: int = 512               # tokens of a prompt with one of its responses
+    max_prompt_length: int = 256        # a longer prompt loses its start; a chat, its early turns
+    truncation: str = 'cut'             # a response that does not fit: 'cut' it, or 'drop' the pair
+    val_fraction: float = 0.05          # of prompts, chosen by their hash; 1.0: everything
+    bad_records: str = 'error'          # or 'skip': leave them out, and count them
+    label_from_scores: bool = False     # p = sigma(chosen_score - rejected_score)
+    convert: Callable | None = None     # record -> record of a known shape, or None
+    data_dir: str = 'data'
 
-    def __init__(self, message):
-        super().__init__(' '.join(message.splitlines()))    # a name may hold anything
+
+# --------------------------------------------------------------------------------------------------
+# Tokenizers and chat templates
 
 
-def first_line(e):
-    """Another library's error, short enough to stand in a message of ours."""
-    return f'{type(e).__name__}: {e}'.splitlines()[0][:160]
+class Tokenizer:
+    """Text to ids and back, by tiktoken or by a model's tokenizer.json; and its chat template.
+
+    n_vocab: size of the vocabulary. eot: the token that ends a response. ends: all tokens at which
+    sampling stops. begin: tokens that open every text (Llama's <s>), at most one.
+    """
+
+    def __init__(self, name, encoding=None, folder=None):
+        self.name, self.encoding, self.template = name, encoding, None
+        if encoding is not None:
+            self.n_vocab, self.eot, self.bos, self.begin = encoding.n_vocab, encoding.eot_token, None, []
+            self.ends = {self.eot}
+            return
+        import tokenizers                # imported here: gpt2 and byte do without it
+
+        def read(file):
+            path = os.path.join(folder, file)
+            try:
+                with open(path, encoding='utf-8') as f:
+                    return f.read() if file.endswith('.jinja') else json.load(f)
+            except FileNotFoundError:
+                return {}
+            except (OSError, ValueError) as e:
+                raise InputError(f'{path}: cannot be read ({first_line(e)})')
+        try:
+            self.hf = tokenizers.Tokenizer.from_file(os.path.join(folder, 'tokenizer.json'))
+        except Exception as e:           # the library raises plain Exceptions
+            raise InputError(f'{folder}/tokenizer.json: not a tokenizer ({first_line(e)})')
+        config, generation = read('tokenizer_config.json'), read('generation_config.json')
+        words = {key: word['content'] if isinstance(word, dict) else word
+                 for key, word in config.items() if re.fullmatch('(bos|eos|unk|pad)_token', key) and word}
+        self.n_vocab = self.hf.get_vocab_size()
+        self.special = {t.content: i for i, t in self.hf.get_added_tokens_decoder().items() if t.special}
+        self.bos = self.hf.token_to_id(words.get('bos_token', ''))
+        self.eot = self.hf.token_to_id(words.get('eos_token', ''))
+        ends = generation.get('eos_token_id') or []
+        ends = ends if isinstance(ends, list) else [ends]
+        self.eot = self.eot if self.eot is not None or not ends else ends[0]
+        if self.eot is None:
+            raise InputError(f'{folder}: no eos_token in tokenizer_config.json, so no end of a response')
+        self.begin = self.hf.encode('').ids[:1] if self.bos is not None else []
+        self.ends = {self.eot, *ends}
+        template = read('chat_template.jinja') or config.get('chat_template')
+        if template:
+            self.template = compile_template(template, folder, words)
+            opened = self.render([dict(role='user', content='a'), dict(role='assistant', content='b')])
+            closing = self.encode_rendered(opened.rpartition('b')[2])
+            self.ends |= set([i for i in closing.tolist() if i in self.special.values()][:1])
+
+    def encode(self, text):
+        """Text -> (n,) ids. What spells a special token, '<|endoftext|>' say, is ordinary text."""
+        if self.encoding is not None:
+            return self.encoding.encode_to_numpy(text, disallowed_special=())
+        self.hf.encode_special_tokens = True
+        return np.array(self.hf.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+
+    def decode(self, ids):
+        if self.encoding is not None:
+            return self.encoding.decode(list(ids))
+        return self.hf.decode(list(ids), skip_special_tokens=False)
+
+    def render(self, messages, opening=False):
+        """Messages -> text by the chat template; `opening` adds the start of the assistant's turn.
+
+        Special tokens that a message spells get a mark, which encode_rendered takes for: text.
+        """
+        marked = [m | dict(content=self.special_words().sub(
+            lambda found: found[0][0] + MARK + found[0][1:], m['content'])) for m in messages]
+        try:
+            return self.template.render(messages=marked, add_generation_prompt=opening)
+        except Exception as e:           # raise_exception(...) of the template, or a mistake in it
+            raise InputError(f'the chat template of {self.name} refuses this chat ({first_line(e)})')
+
+    def encode_rendered(self, text):
+        """Text of the template -> (n,) ids: its special tokens are tokens, those of messages text."""
+        self.hf.encode_special_tokens = False
+        if MARK not in text:
+            return np.array(self.hf.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+        parts = re.split(f'({self.special_words().pattern})', text)
+        return np.concatenate([
+            np.array([self.special[part]], dtype=np.uint32) if part in self.special
+            else self.encode(part.replace(MARK, '')) for part in parts if part])
+
+    @functools.cache
+    def special_words(self):
+        longest_first = sorted(self.special, key=len, reverse=True)
+        return re.compile('|'.join(map(re.escape, longest_first)) or r'(?!)')
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Tokenizers
+MARK = '\ue000'         # a private-use character
+
+
+def compile_template(source, folder, words):
+    """A Jinja chat template, in the environment that transformers gives it."""
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    if isinstance(source, list):         # several, by name
+        source = next((t['template'] for t in source if t.get('name') == 'default'), '')
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols'])
+    environment.filters['tojson'] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
+
+    def raise_exception(message):
+        raise TemplateError(message)
+    environment.globals |= dict(
+        words, raise_exception=raise_exception, strftime_now=lambda f: datetime.now().strftime(f))
+    try:
+        return environment.from_string(source)
+    except TemplateError as e:
+        raise InputError(f'{folder}: the chat template does not parse ({first_line(e)})')
 
 
 @functools.cache
 def get_tokenizer(name):
-    """'byte' (256 bytes and the end of text, built in), any of tiktoken's: gpt2, cl100k_base; or the first
-    ranks of one, for a small model: 'gpt2:8192' knows GPT-2's 8,192 commonest pieces and <|endoftext|>."""
-    import tiktoken
+    """'byte' (256 bytes and the end of text, built in), a name of tiktoken's, or a folder of a model's
+    (tokenizer.json, and optionally tokenizer_config.json, chat_template.jinja)."""
     if name == 'byte':
-        return tiktoken.Encoding('byte', pat_str=r'[\s\S]{1,400}', special_tokens={END: 256},
-                                 mergeable_ranks={bytes([i]): i for i in range(256)})
-    whole, colon, ranks = name.partition(':')
-    if colon and ranks.isdecimal() and len(ranks) < 9 and int(ranks) >= 256:
-        whole = get_tokenizer(whole)    # merges build on lower ranks, so the first ranks are a BPE as well
-        kept = {piece: rank for piece, rank in whole._mergeable_ranks.items() if rank < int(ranks)}
-        return tiktoken.Encoding(name, pat_str=whole._pat_str, mergeable_ranks=kept,
-                                 special_tokens={END: len(kept)})
+        return Tokenizer(name, tiktoken.Encoding(
+            'byte', pat_str=r'[\s\S]{1,400}', special_tokens={END: 256},
+            mergeable_ranks={bytes([i]): i for i in range(256)}))
+    if os.path.isdir(name):
+        return Tokenizer(name, folder=name)
     if name not in tiktoken.list_encoding_names():
-        raise InputError(f'tokenizer: {name!r} is none of byte, {", ".join(tiktoken.list_encoding_names())}')
+        raise InputError(f'tokenizer: {name!r} is neither byte, nor a folder with tokenizer.json, nor one '
+                         f'of {", ".join(tiktoken.list_encoding_names())}')
     try:
-        return tiktoken.get_encoding(name)
+        return Tokenizer(name, tiktoken.get_encoding(name))
     except Exception as e:    # whatever the download raised
-        raise InputError(f'tokenizer: the tables of {name!r} could not be had ({first_line(e)}); '
-                         'set TIKTOKEN_CACHE_DIR to a folder that holds them')
+        raise InputError(f'tokenizer: the tables of {name!r} cannot be downloaded ({first_line(e)}); '
+                         'TIKTOKEN_CACHE_DIR may name a folder that has them')
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Records: any shape -> (prompt, [chosen, rejected], p)
+# --------------------------------------------------------------------------------------------------
+# Records: any shape -> (prompt, [best response, ..., worst], numbers, notes)
 
-ROLES = {'user': 'Human', 'human': 'Human', 'assistant': 'Assistant', 'gpt': 'Assistant', 'system': 'System'}
+ROLES = dict(user='user', human='user', assistant='assistant', gpt='assistant', system='system')
 ASSISTANT = '\n\nAssistant:'
+SHAPES = ('prompt, chosen, rejected; chosen, rejected; messages or conversations; instruction or '
+          'question; response_j, response_k; output_1, output_2, preference; prompt, responses')
 
 
-def text_of(record, key):
-    """record[key], which must be a string with something in it."""
-    if key not in record:
-        raise InputError(f"no {key!r}; the record's keys are {', '.join(map(short, record))[:200] or 'none'}")
-    if not isinstance(record[key], str):
-        raise InputError(f'{key!r} is of type {type(record[key]).__name__}, not a string')
-    if not record[key].strip():
+def text_of(value, key):
+    if not isinstance(value, str):
+        raise InputError(f'{key!r} is of type {type(value).__name__}, not a string')
+    if not value.strip():
         raise InputError(f'{key!r} is empty or blank')
-    return record[key]
+    return value
 
 
-def number_of(record, key, most=sys.float_info.max):
-    value = record[key]
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= most:
-        raise InputError(f'{key!r} is {short(value)}, not a finite number')
-    return float(value)
+def number_of(record, key, low=-3e38, high=3e38):
+    """record[key] as a float; text that is a number, as in CSV, will do."""
+    try:
+        value = float(record[key])
+    except (TypeError, ValueError):
+        value = math.nan
+    if not low <= value <= high:
+        raise InputError(f'{key!r} is {brief(record[key])}, not a number'
+                         + (f' from {low:g} to {high:g}' if high < 3e38 else ''))
+    return value
 
 
-def write_chat(messages, key):
-    """[{role, content}, ...] -> '\\n\\nHuman: ...\\n\\nAssistant: ...', the one template here."""
-    out = ''
-    for m in messages:
-        role, content = (m.get('role'), m.get('content')) if isinstance(m, dict) else (m, None)
-        if not (isinstance(role, str) and role in ROLES and isinstance(content, str)):
-            raise InputError(f'{key!r}: a message needs a content and a role (system, user or assistant), '
-                             f'not {short(role)} with a content of type {type(content).__name__}')
-        out += f'\n\n{ROLES[role]}: {content}'
-    return out
-
-
-def split_chats(record):
-    """Chosen and rejected as lists of messages; the prompt a list, a string, or what the two share."""
-    chats = [record.get('chosen'), record.get('rejected')]
-    if not all(isinstance(chat, list) and chat for chat in chats):
-        raise InputError("'chosen' and 'rejected' must both be lists of messages, or both strings")
-    prompt, shared = record.get('prompt'), 0
-    if isinstance(prompt, list):
-        shared = len(prompt) if all(chat[:len(prompt)] == prompt for chat in chats) else 0
-    else:
-        while shared < min(map(len, chats)) - 1 and chats[0][shared] == chats[1][shared]:
-            shared += 1
-        prompt = chats[0][:shared] or [{'role': 'user', 'content': text_of(record, 'prompt')}]
-    prompt_text, responses = write_chat(prompt, 'prompt') + ASSISTANT, []
-    if not any(m['content'].strip() for m in prompt):
-        raise InputError("'prompt' is empty or blank")
-    for key, chat in zip(('chosen', 'rejected'), chats):
-        text, answer = write_chat(chat[shared:], key), chat[shared:]
-        if not answer or any(ROLES[m['role']] != 'Assistant' or not m['content'].strip()
-                             for m in (answer[0], answer[-1])):
-            raise InputError(f"{key!r}: what follows the prompt must begin and end with an assistant's "
-                             'message that is not blank')
-        responses.append(text.removeprefix(ASSISTANT))
-    return prompt_text, responses
+def chat_of(value, key):
+    """Messages, one message, or an assistant's text -> [{role, content}, ...]"""
+    if isinstance(value, str):
+        return [dict(role='assistant', content=text_of(value, key))]
+    messages = []
+    for m in value if isinstance(value, list) else [value]:
+        role, content = None, None
+        if isinstance(m, dict):
+            role, content = m.get('role', m.get('from')), m.get('content', m.get('value'))
+        if role not in list(ROLES) or not isinstance(content, str):
+            raise InputError(f'{key!r}: a message needs a role (system, user or assistant) and a content, '
+                             f'not {brief(role)} and a {type(content).__name__}')
+        messages.append(dict(role=ROLES[role], content=content))
+    return messages
 
 
 def split_transcripts(chosen, rejected):
-    """Two whole transcripts: the prompt is what they share, cut after its last 'Assistant:'. With notes."""
-    at = chosen.rfind(ASSISTANT, 0, len(os.path.commonprefix([chosen, rejected])))
-    if at < 0:
+    """Two transcripts: the prompt is what they share, up to its last 'Assistant:'."""
+    shared = len(os.path.commonprefix([chosen, rejected]))
+    at = chosen.rfind(ASSISTANT, 0, shared) + len(ASSISTANT)
+    if at < len(ASSISTANT):
         raise InputError("no 'prompt', and 'chosen' and 'rejected' share nothing up to an 'Assistant:'")
-    at += len(ASSISTANT)
-    responses = [chosen[at:], rejected[at:]]
-    early = any(turn in r for r in responses for turn in ('\n\nHuman:', ASSISTANT))
-    notes = ['transcripts that part before their last turn'] * early
-    notes += ['transcripts with a blank last turn'] * any(not r.strip() for r in responses)   # HH has a few
+    responses, notes = [chosen[at:], rejected[at:]], []
+    if any(turn in r for r in responses for turn in ('\n\nHuman:', ASSISTANT)):
+        notes.append('transcripts that differ before their last turn')
+    if not all(r.strip() for r in responses):
+        notes.append('transcripts with a blank last turn')                     # HH has a few
     return chosen[:at], responses, notes
 
 
+def split_chats(prompt, chats):
+    """Chats -> (prompt, answers), lists of messages: the prompt is given, or what the chats share."""
+    if not isinstance(prompt, list):
+        n = 0
+        while n < min(map(len, chats)) - 1 and all(chat[n] == chats[0][n] for chat in chats):
+            n += 1
+        if n:                                    # a 'prompt' string repeats the first turn: passed over
+            return chats[0][:n], [chat[n:] for chat in chats]
+        return [dict(role='user', content=text_of(prompt, 'prompt'))], chats
+    n = len(prompt)
+    whole = all(chat[:n] == prompt and len(chat) > n for chat in chats)
+    return prompt, [chat[n:] for chat in chats] if whole else chats
+
+
+def responses_of(r):
+    """A record's responses, best first, as they are; and p, where the record's preference says it."""
+    if 'responses' in r:
+        if not isinstance(r['responses'], list) or not r['responses']:
+            raise InputError(f"'responses' is {brief(r['responses'])}, not a list, best first")
+        scores = r.get('scores')
+        if scores is None:
+            return r['responses'], None
+        if not isinstance(scores, list) or len(scores) != len(r['responses']):
+            raise InputError("'scores' needs a number for each of the 'responses'")
+        scores = [number_of(dict(scores=s), 'scores') for s in scores]
+        order = sorted(range(len(scores)), key=lambda i: -scores[i])
+        return [r['responses'][i] for i in order], None
+    if 'output_1' in r and 'output_2' in r:
+        first = 2 - number_of(r, 'preference', 1, 2) if 'preference' in r else math.nan
+        if math.isnan(first):
+            raise InputError("no 'preference' between 'output_1' and 'output_2'")
+        outputs = [r['output_1'], r['output_2']]
+        return (outputs, first) if first >= 0.5 else (outputs[::-1], 1 - first)
+    names = ('response_j', 'response_k') if 'response_j' in r else ('chosen', 'rejected')
+    return [r[name] for name in names if name in r], None
+
+
 def read_record(record, template='', label_from_scores=False):
-    """A record of any shape -> (prompt, responses with the best first, p, notes, which are counted).
+    """A record of any shape -> (prompt, responses, numbers, notes): strings, or lists of messages.
 
     Raises InputError, which names the key that is missing, empty or of the wrong type.
     """
     if not isinstance(record, dict):
         raise InputError(f'a record is an object with keys, not a {type(record).__name__}')
-    notes = []
-    if isinstance(record.get('chosen'), list) or isinstance(record.get('rejected'), list):
-        prompt, responses = split_chats(record)
-    elif 'prompt' not in record and 'instruction' not in record and 'rejected' in record:
-        prompt, responses, notes = split_transcripts(text_of(record, 'chosen'), text_of(record, 'rejected'))
-    else:
-        if 'instruction' in record and 'prompt' not in record:
-            prompt, template = text_of(record, 'instruction'), 'chat'
-            prompt += '\n' + text_of(record, 'input') if record.get('input') else ''
-        else:
-            prompt = text_of(record, 'prompt')
-        if record.get('responses') is not None:
-            if not isinstance(record['responses'], list) or not record['responses']:
-                raise InputError(f"'responses' is {short(record['responses'])}, not a list, best first")
-            responses = [text_of({'responses': r}, 'responses') for r in record['responses']]
-        else:
-            responses = [text_of(record, key) for key in ('chosen', 'rejected')[:1 + ('rejected' in record)]]
+    r = {key: value for key, value in record.items() if value is not None}     # Parquet fills up with None
+    responses, p = responses_of(r)
+    chat, notes = r.get('messages', r.get('conversations')), []
+    single = r.get('instruction', r.get('question'))
+    if chat is not None:
+        prompt = chat_of(chat, 'messages')
+        if not responses:                                                      # SFT: the last turn
+            prompt, responses = prompt[:-1], [prompt[-1:]]
+        responses = [chat_of(value, 'chosen') for value in responses]
+    elif responses and not all(isinstance(value, str) for value in responses):
+        prompt = r.get('prompt')
+        prompt = chat_of(prompt, 'prompt') if isinstance(prompt, list) else prompt
+        prompt, responses = split_chats(prompt, [chat_of(value, 'chosen') for value in responses])
+    elif isinstance(r.get('prompt'), list) and responses:
+        prompt, responses = chat_of(r['prompt'], 'prompt'), [chat_of(v, 'chosen') for v in responses]
+    elif 'prompt' in r and responses:
+        prompt, responses = text_of(r['prompt'], 'prompt'), [text_of(v, 'chosen') for v in responses]
         if template == 'chat':
-            prompt, responses = f'\n\nHuman: {prompt}{ASSISTANT}', [' ' + r for r in responses]
-
-    p = number_of(record, 'p') if record.get('p') is not None else 1.0
-    if not 0 <= p <= 1:
-        raise InputError(f"'p' is {p}, not a probability")
-    keys = ('chosen_score', 'rejected_score')
-    if 'score_chosen' in record:    # UltraFeedback's names
-        keys = ('score_chosen', 'score_rejected')
-    scores = [number_of(record, k) for k in keys if record.get(k) is not None]
+            prompt = [dict(role='user', content=prompt)]
+            responses = [chat_of(value, 'chosen') for value in responses]
+    elif single is not None and responses:
+        text = text_of(single, 'instruction') + (f'\n{r["input"]}' if r.get('input') else '')
+        prompt, responses = [dict(role='user', content=text)], [chat_of(v, 'chosen') for v in responses]
+    elif len(responses) == 2 and 'chosen' in r:
+        prompt, responses, notes = split_transcripts(*(text_of(v, 'chosen') for v in responses))
+    else:
+        keys = ', '.join(map(brief, record))[:200] or 'none'
+        raise InputError(f'no shape fits the keys {keys}; known are: {SHAPES} (convert makes one of them)')
+    if isinstance(prompt, list):
+        answers = [m for answer in responses for m in (answer[0], answer[-1])]
+        if not prompt or any(m['role'] != 'assistant' or not m['content'].strip() for m in answers):
+            raise InputError('a chat needs a prompt, and answers that begin and end with an assistant\'s '
+                             'message that is not blank')
+    numbers = dict(NUMBERS) | ({} if p is None else dict(p=p))
+    numbers |= {name: number_of(r, name) for name in NUMBERS if name in r}
+    number_of(numbers, 'p', 0, 1)
+    scores = [number_of(r, key) for keys in (('chosen_score', 'score_chosen'), ('rejected_score', 'score_rejected'))
+              for key in keys if key in r]
     if len(scores) == 1 or (label_from_scores and not scores):
-        raise InputError(f"{keys[0]!r} and {keys[1]!r} go together, and one is missing")
+        raise InputError("'chosen_score' and 'rejected_score' go together, and one is missing")
     if scores and scores[0] < scores[1]:
         notes.append('records whose rejected response has the higher score')
     if label_from_scores:
-        p = 1 / (1 + math.exp(min(700.0, scores[1] - scores[0])))    # Bradley-Terry
-    return prompt, responses, p, notes
+        numbers['p'] = 1 / (1 + math.exp(min(700.0, scores[1] - scores[0])))   # Bradley-Terry
+    return prompt, responses, numbers, notes
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Sources: anything -> a stream of (where it stands, raw record), the whole of it never in memory
+# --------------------------------------------------------------------------------------------------
+# Sources: anything -> a stream of (where it stands, raw record)
 
 
 def read_lines(path):
-    """A .jsonl or .jsonl.gz file: (its line, bytes), blank lines passed over."""
-    name, line = os.path.basename(path), 0
-    try:
-        with (gzip.open if path.endswith('.gz') else open)(path, 'rb') as f:
-            while raw := f.readline(MAX_LINE):
-                line += 1
-                if len(raw) == MAX_LINE:
-                    raise InputError(f'{name} line {line}: longer than {MAX_LINE // 2**20} MiB; '
-                                     'one record per line expected')
-                if raw.strip():
-                    yield f'{name} line {line}', raw
-    except (EOFError, OSError, zlib.error) as e:
-        raise InputError(f'{name}: cannot be read beyond line {line} ({first_line(e)})')
+    name = os.path.basename(path)
+    with (gzip.open if path.endswith('.gz') else open)(path, 'rb') as f:
+        for line, raw in enumerate(f, 1):
+            if raw.strip():
+                yield f'{name} line {line}', raw
 
 
 def read_list(path):
-    """A .json file that is one list: (its record, bytes), found a block at a time."""
-    name, count = os.path.basename(path), 0
-    decode, space = json.JSONDecoder().raw_decode, re.compile(r'[\s,]*')
-    try:
-        with open(path, encoding='utf-8') as f:
-            text, at = f.read(CHUNK).lstrip(), 1
-            if not text.startswith('['):
-                raise InputError(f'{name}: a .json file must be one list of records, and this one begins '
-                                 f'{text[:8]!r}; one record per line is .jsonl')
-            while not text.startswith(']', at := space.match(text, at).end()):
-                try:
-                    end = decode(text, at)[1]
-                except (ValueError, RecursionError) as e:     # perhaps only cut by the block's end
-                    block = f.read(CHUNK)
-                    if len(text) - at > MAX_LINE:
-                        raise InputError(f'{name} record {count + 1}: longer than '
-                                         f'{MAX_LINE // 2**20} MiB, or not valid JSON')
-                    if not block:
-                        why = getattr(e, 'msg', e)
-                        raise InputError(f'{name} record {count + 1}: not valid JSON ({why})')
-                    text, at = text[at:] + block, 0
-                else:
-                    raw, at, count = text[at:end], end, count + 1
-                    yield f'{name} record {count}', raw.encode()
-            if (text[at + 1:] + f.read(CHUNK)).strip():
-                raise InputError(f'{name}: goes on after the list has ended, with record {count}')
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f'{name}: cannot be read beyond record {count} ({first_line(e)})')
+    with open(path, encoding='utf-8') as f:
+        records = json.load(f)
+    if not isinstance(records, list):
+        raise InputError(f'{path}: a .json file must be one list of records; one a line is .jsonl')
+    for count, record in enumerate(records, 1):
+        yield f'{os.path.basename(path)} record {count}', record
 
 
-def read_parquet(path):
-    from pyarrow.parquet import ParquetFile
-    name, count = os.path.basename(path), 0
-    try:
-        for batch in ParquetFile(path).iter_batches(batch_size=256):
-            for record in batch.to_pylist():
-                count += 1
-                yield f'{name} record {count}', record
-    except Exception as e:    # Arrow's, and Python's own for text or dates that it cannot hold
-        raise InputError(f'{name}: cannot be read beyond record {count} ({first_line(e)})')
+def read_table(path):
+    with open(path, encoding='utf-8', newline='') as f:
+        csv.field_size_limit(2**27)
+        rows = csv.DictReader(f, dialect='excel-tab' if path.endswith('.tsv') else 'excel')
+        for row in rows:
+            yield f'{os.path.basename(path)} line {rows.line_num}', {k: v for k, v in row.items() if v}
 
 
-def read_hub(source, split):
-    """owner/name or owner/name:subset of the hub, streamed. HH's subsets are folders, others' are named."""
-    import datasets
-    name, _, subset = source.partition(':')
-    where = {'data_dir': subset or None} if name == 'Anthropic/hh-rlhf' else {'name': subset or None}
-    try:
+def read_datasets(source, split):
+    """A .parquet file, or owner/name or owner/name:subset of the hub, streamed."""
+    import datasets                      # slow to load
+    if source.endswith('.parquet'):
+        options = dict(path='parquet', data_files=source, split='train')
+    else:
+        name, _, subset = source.partition(':')
+        hh = name == 'Anthropic/hh-rlhf'                                       # its subsets are folders
         if not split:
-            splits = datasets.get_dataset_split_names(name, subset or None) if 'name' in where else ['train']
+            splits = ['train'] if hh else datasets.get_dataset_split_names(name, subset or None)
             split = 'train_prefs' if 'train_prefs' in splits else 'train'
-        for count, record in enumerate(datasets.load_dataset(name, split=split, streaming=True, **where)):
-            yield f'{source} {split} record {count + 1}', record
-    except Exception as e:    # no network, no such data set, no such split: errors that share no class
-        raise InputError(f'{source}: no such file, and the hub did not give it ({first_line(e)})')
+        options = dict(path=name, split=split, **{'data_dir' if hh else 'name': subset or None})
+    for count, record in enumerate(datasets.load_dataset(streaming=True, **options), 1):
+        yield f'{source} record {count}', record
 
 
 def read_source(source, split=''):
-    """A path or a hub name -> a stream of (where, raw); raw is bytes of JSON, or an object already parsed."""
-    readers = {'.jsonl': read_lines, '.jsonl.gz': read_lines, '.json': read_list, '.parquet': read_parquet}
-    for ending, reader in readers.items():
-        if source.endswith(ending):
-            if not os.path.isfile(source):
-                raise InputError(f'{source}: no such file')
-            if split:
-                raise InputError(f'split: {split!r} is for data sets of the hub, and {source} is a file')
-            return reader(source)
-    if os.path.exists(source) or source.count('/') != 1:
-        raise InputError(f'{source}: neither a {", ".join(readers)} file, nor prepared data, nor '
-                         'owner/name of the hub')
-    return read_hub(source, split)
-
-
-def source_of(cfg):
-    """cfg.dataset; or, where that is 'demo', the file that demo.py makes."""
-    if cfg.dataset != 'demo':
-        return cfg.dataset
-    import demo    # imported here: it needs the model, which needs this file
-    return demo.pairs_file(cfg)
-
-
-def unique_keys(pairs):
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        key = next(k for k, n in Counter(k for k, _ in pairs).items() if n > 1)
-        raise InputError(f'the key {short(key)} stands twice')
-    return record
+    """A path or a name of the hub -> a stream of (where, raw): bytes of JSON, or a parsed object."""
+    readers = {'.jsonl': read_lines, '.jsonl.gz': read_lines, '.json': read_list, '.csv': read_table,
+               '.tsv': read_table, '.parquet': lambda path: read_datasets(path, split)}
+    reader = next((reader for ending, reader in readers.items() if source.endswith(ending)), None)
+    if reader is not None and not os.path.isfile(source):
+        raise InputError(f'{source}: no such file')
+    if reader is None and (os.path.exists(source) or source.count('/') != 1):
+        raise InputError(f'{source}: neither a {", ".join(readers)} file nor owner/name of the hub')
+    where = f'{source}: the beginning'
+    try:
+        for where, raw in reader(source) if reader else read_datasets(source, split):
+            yield where, raw
+    except InputError:
+        raise
+    except Exception as e:    # of gzip, json, csv, Arrow, the network: they share no class
+        raise InputError(f'{source}: cannot be read after {where} ({first_line(e)})')
 
 
 def parse(raw):
-    """raw -> an object; bytes must be JSON in UTF-8."""
-    if not isinstance(raw, bytes):
-        return raw
+    """bytes of JSON -> an object; an object stays as it is."""
     try:
-        return json.loads(raw.decode('utf-8'), object_pairs_hook=unique_keys)
-    except UnicodeDecodeError as e:
-        raise InputError(f'not valid UTF-8 ({e.reason} at byte {e.start})')
-    except json.JSONDecodeError as e:
-        raise InputError(f'not valid JSON ({e.msg.removesuffix(" at")} at character {e.pos + 1})')
-    except InputError:    # of unique_keys
-        raise
-    except (ValueError, RecursionError) as e:    # thousands of digits, or of brackets
-        raise InputError(f'not valid JSON ({e})')
+        return json.loads(raw.decode()) if isinstance(raw, bytes) else raw
+    except (ValueError, RecursionError) as e:
+        raise InputError(f'not valid JSON in UTF-8 ({first_line(e)})')
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Text -> tokens, in chunks of records, in as many processes as there are cores
+def converted(stream, convert):
+    """The stream's records through the user's function; None leaves a record out."""
+    for where, raw in stream:
+        try:
+            record = convert(parse(raw))
+        except Exception as e:    # the user's code
+            raise InputError(f'{where}: convert: {first_line(e)}')
+        if record is not None:
+            yield where, record
 
 
-def index_dtype(K):
-    """A row of the table: where a pair's tokens begin, its record's number in the source, labels, lengths."""
-    return np.dtype([('offset', '<u8'), ('id', '<u8'), ('p', '<f4'), ('margin', '<f4'),
-                     ('prompt', '<u4'), ('responses', '<u4', (K,))])
+# --------------------------------------------------------------------------------------------------
+# Text -> tokens
 
 
-def encode(tokenizer, text, key):
-    """Text as text: '<|endoftext|>' inside it becomes ordinary tokens, never the special one."""
-    try:
-        text.encode('utf-8')
-    except UnicodeEncodeError:
-        raise InputError(f'{key!r} holds a lone surrogate, which is no character')
-    return tokenizer.encode_to_numpy(text, disallowed_special=())
+def tokenize(prompt, responses, tokenizer, cfg):
+    """Prompt and responses, strings or messages -> ((n,) ids, [(n,) ids, ...], notes), cut to length.
 
-
-def truncate(prompt, responses, cfg):
-    """Token arrays -> (prompt, responses, notes). The prompt loses its start, a response its end (and with it
-    the end of text), or the pair is dropped: responses None."""
-    notes = []
-    if len(prompt) > cfg.max_prompt_length:
-        prompt = prompt[len(prompt) - cfg.max_prompt_length:]
-        notes.append('prompts that lost their start')
-    room = cfg.max_length - len(prompt)
+    Responses are None where the pair is dropped. A string prompt loses its start, a chat its early
+    turns, a response its end (and with it the end of text).
+    """
+    if isinstance(prompt, list) and tokenizer.template is None:
+        def write(messages):
+            return ''.join(f'\n\n{dict(user="Human").get(m["role"], m["role"].capitalize())}: {m["content"]}'
+                           for m in messages)
+        prompt = write(prompt) + ASSISTANT
+        responses = [write(answer).removeprefix(ASSISTANT) for answer in responses]
+    if isinstance(prompt, list):
+        ids, responses, notes = tokenize_chat(prompt, responses, tokenizer, cfg.max_prompt_length)
+        if ids is None:
+            return None, None, notes
+    else:
+        ids, notes = tokenizer.encode(prompt), []
+        responses = [np.append(tokenizer.encode(r), tokenizer.eot) for r in responses]
+        room = cfg.max_prompt_length - len(tokenizer.begin)
+        if len(ids) > room:
+            ids, notes = ids[len(ids) - room:], ['prompts that lost their start']
+        ids = np.concatenate([np.array(tokenizer.begin, dtype=ids.dtype), ids])
+    room = cfg.max_length - len(ids)
     if max(map(len, responses)) > room:
         if cfg.truncation == 'drop':
-            return prompt, None, ['dropped: a response did not fit']
+            return ids, None, ['dropped: a response did not fit']
         responses = [r[:room] for r in responses]
-        notes.append('pairs with a response that lost its end')
-        if len(responses) > 1 and len({r.tobytes() for r in responses}) == 1:
-            return prompt, None, [*notes, 'dropped: identical once cut']
-    return prompt, responses, notes
+        notes = [*notes, 'pairs with a response that lost its end']
+    if len(responses) > 1 and len({r.tobytes() for r in responses}) == 1:
+        return ids, None, [*notes, 'dropped: responses are identical']
+    return ids, responses, notes
 
 
-def encode_pair(record, tokenizer, cfg):
-    """-> (prompt's tokens, responses' tokens, p, hashes of prompt and pair, notes on what happened); the
-    responses are None where the pair is dropped."""
-    prompt, texts, p, notes = read_record(record, cfg.template, cfg.label_from_scores)
-    names = ('chosen', 'rejected') if len(texts) <= 2 else ('responses',) * len(texts)
-    tokens = encode(tokenizer, prompt, 'prompt')
-    responses = [np.append(encode(tokenizer, t, name), tokenizer.eot_token) for t, name in zip(texts, names)]
-    hashes = [hashlib.blake2b(text.encode(), digest_size=8).digest()
-              for text in (prompt, '\0'.join([prompt, *texts]))]
-    if len(set(texts)) == 1 < len(texts):
-        return tokens, None, p, hashes, [*notes, 'dropped: chosen and rejected identical']
-    tokens, responses, cut = truncate(tokens, responses, cfg)
-    return tokens, responses, p, hashes, notes + cut
+def tokenize_chat(prompt, responses, tokenizer, longest):
+    """As tokenize, by the model's chat template. A prompt that is too long loses whole early turns;
+    where the last turn alone is too long, its start; never the system turn or the answer's opening."""
+    notes, rest = [], list(prompt)
+    system = [rest.pop(0)] if rest[0]['role'] == 'system' else []
+    while True:
+        text = tokenizer.render(system + rest, opening=True)
+        ids = tokenizer.encode_rendered(text)
+        excess = len(ids) - longest
+        if excess <= 0:
+            break
+        later = [i for i, m in enumerate(rest) if i and m['role'] == 'user']
+        if later:                                               # a turn: from one user message to the next
+            rest, notes = rest[later[0]:], ['chats that lost early turns']
+            continue
+        content = tokenizer.encode(rest[-1]['content'])
+        if excess >= len(content):
+            return None, None, ['dropped: the system turn alone fills the prompt']
+        cut = tokenizer.decode(content[excess:].tolist()).lstrip('\ufffd')
+        rest, notes = [*rest[:-1], rest[-1] | dict(content=cut)], ['chats that lost early turns']
+    answers = []
+    for answer in responses:
+        whole = tokenizer.render(system + rest + answer)
+        if not whole.startswith(text) or answer[-1]['content'].strip() not in whole[len(text):].replace(MARK, ''):
+            raise InputError(f'the chat template of {tokenizer.name} drops or changes the assistant\'s turn')
+        answers.append(tokenizer.encode_rendered(whole[len(text):]))
+    return ids, answers, notes
 
 
-# What decides the prepared files; the same fields, with their meaning, stand in train.py's Config.
-SETTINGS = ('dataset', 'split', 'tokenizer', 'template', 'max_length', 'max_prompt_length', 'truncation',
-            'val_fraction', 'bad_records', 'label_from_scores')
-FILES = ('train.bin', 'train.idx', 'val.bin', 'val.idx')
-HASHES = 'hashes.tmp'   # of every pair, 8 bytes each, until the duplicates are counted
+def table_dtype(K):
+    """A row of pairs.npy: where a pair's tokens start, its number in the source, lengths, NUMBERS."""
+    return np.dtype([('start', '<i8'), ('id', '<i8'), ('val', '?'), ('prompt', '<i4'),
+                     ('responses', '<i4', (K,)), *((name, '<f4') for name in NUMBERS)])
 
 
 def encode_chunk(chunk, cfg, K=None):
-    """[(id, where, raw), ...] -> ({split: (tokens, table)}, hashes of the pairs, counts, first bad record).
-    Runs in a worker. Every pair must have K responses; None: as many as the first has."""
+    """[(id, where, raw), ...] -> (tokens, rows of the table, counts), run by a worker. Every pair has
+    K responses; None: as many as the first."""
     tokenizer = get_tokenizer(cfg.tokenizer)
-    parts = {'train': ([], []), 'val': ([], [])}
-    counts, pair_hashes, first_bad = Counter(read=len(chunk)), [], ''
+    tokens, rows, counts = [], [], Counter(read=len(chunk))
     for number, where, raw in chunk:
         try:
             record = parse(raw)
-            prompt, responses, p, (prompt_hash, pair_hash), notes = encode_pair(record, tokenizer, cfg)
-            margin = number_of(record, 'margin', 3e38) if record.get('margin') is not None else 0.0
+            prompt, texts, numbers, notes = read_record(record, cfg.template, cfg.label_from_scores)
+            ids, responses, more = tokenize(prompt, texts, tokenizer, cfg)
             K = K or (responses and len(responses))
             if responses and len(responses) != K:
                 raise InputError(f'{len(responses)} responses, where the records before have {K}')
-        except InputError as e:
+        except (InputError, UnicodeEncodeError) as e:                          # lone surrogates
             if cfg.bad_records != 'skip':
                 raise InputError(f'{where}: {e} (--bad_records=skip leaves such records out)')
             counts['dropped: bad records'] += 1
-            first_bad = first_bad or f'{where}: {e}'
             continue
-        counts.update(notes)
-        pair_hashes.append(pair_hash)
+        counts.update(notes + more)
         if responses:
-            split = 'val' if int.from_bytes(prompt_hash, 'big') < cfg.val_fraction * 2**64 else 'train'
-            tokens, rows = parts[split]
-            tokens += [prompt, *responses]
-            rows.append((0, number, p, margin, len(prompt), [len(r) for r in responses]))
+            key = hashlib.blake2b(json.dumps(prompt).encode(), digest_size=8).digest()
+            val = int.from_bytes(key, 'big') < cfg.val_fraction * 2**64
+            tokens += [ids, *responses]
+            rows.append((0, number, val, len(ids), [len(r) for r in responses], *numbers.values()))
     dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
-    return {split: (np.concatenate(tokens).astype(dtype), np.array(rows, dtype=index_dtype(K)))
-            for split, (tokens, rows) in parts.items() if rows}, b''.join(pair_hashes), counts, first_bad
+    tokens = np.concatenate(tokens).astype(dtype) if rows else np.zeros(0, dtype)
+    return tokens, np.array(rows, dtype=table_dtype(K or 1)), counts
 
 
-def chunks_of(source):
+def chunks_of(stream):
     chunk, size = [], 0
-    for number, (where, raw) in enumerate(source):
+    for number, (where, raw) in enumerate(stream):
         chunk.append((number, where, raw))
         size += len(raw) if isinstance(raw, bytes) else 2000
         if size > CHUNK:
@@ -442,189 +561,108 @@ def chunks_of(source):
 
 
 def in_parallel(chunks, cfg):
-    """encode_chunk of every chunk, in order, with no more of them in memory than keep the cores busy."""
+    """encode_chunk of every chunk, in order, in as many processes as there are cores."""
     K = None
-    for chunk in chunks:            # in this process, until there is a pair: all others must be like it
-        result = encode_chunk(chunk, cfg)
-        yield result
-        K = next((table['responses'].shape[1] for _, table in result[0].values()), None)
-        if K:
+    for chunk in chunks:                 # in this process, until a pair says how many responses there are
+        tokens, rows, counts = encode_chunk(chunk, cfg)
+        yield tokens, rows, counts
+        if len(rows):
+            K = rows['responses'].shape[1]
             break
-    first = list(itertools.islice(chunks, 2))
-    chunks = itertools.chain(first, chunks)
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    if len(first) < 2 or workers == 1:
-        yield from (encode_chunk(chunk, cfg, K) for chunk in chunks)
-        return
-    fork = multiprocessing.get_context('fork' if sys.platform == 'linux' else 'spawn')
-    with ProcessPoolExecutor(workers, fork, initializer=leave_signals) as pool:
-        try:
-            with signals_held():
-                pool.submit(int)    # starts the workers
-            pending = deque()
-            for chunk in chunks:
-                pending.append(pool.submit(encode_chunk, chunk, cfg, K))
-                if len(pending) > 2 * workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        except BrokenProcessPool:
-            raise InputError('a process that encodes records was killed, perhaps for want of memory')
-        finally:
-            pool.shutdown(cancel_futures=True)
+    second = list(itertools.islice(chunks, 1))
+    if second:
+        fork = multiprocessing.get_context('fork' if sys.platform == 'linux' else 'spawn')
+        with fork.Pool(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else None,
+                       initializer=ignore_interrupt) as pool:
+            work = functools.partial(encode_chunk, cfg=cfg, K=K)
+            yield from pool.imap(work, itertools.chain(second, chunks))
 
 
-def leave_signals():
-    """A worker: Ctrl-C, which all processes get, is for the first to act on; it ends the workers."""
+def ignore_interrupt():
+    """In a worker: Ctrl-C reaches all processes, and the first ends the others."""
+    import signal
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-@contextlib.contextmanager
-def signals_held():
-    """Ctrl-C and SIGTERM wait: Python drops an exception that comes, from their handlers, amid a fork."""
-    came = []
-    handlers = [(s, signal.signal(s, lambda number, frame: came.append(number)))
-                for s in (signal.SIGINT, signal.SIGTERM)]
-    try:
-        yield
-    finally:
-        for s, handler in handlers:
-            signal.signal(s, handler)
-    for number in came[:1]:
-        signal.raise_signal(number)
+# --------------------------------------------------------------------------------------------------
+# The files
+
+
+def source_text(function):
+    """The file that a function is from: what a cache must not outlive."""
+    with open(inspect.getsourcefile(function), encoding='utf-8') as f:
+        return f.read()
 
 
 def prepare(cfg):
-    """Make the token files of cfg.dataset, unless they are there, and return their folder.
-
-    `cfg` has the fields in SETTINGS, and data_dir. Raises InputError at a bad record; nothing is left behind.
-    """
-    if os.path.exists(os.path.join(cfg.dataset, 'meta.json')):      # prepared before, given by its folder
-        return cfg.dataset
-    source = source_of(cfg)
-    stream = read_source(source, cfg.split)                         # says at once that there is none
-    settings = {name: getattr(cfg, name) for name in SETTINGS}
-    stamp = stamp_of(source)
-    key = hashlib.sha256(json.dumps([FORMAT, settings, stamp], sort_keys=True).encode()).hexdigest()[:8]
-    stem = os.path.basename(cfg.dataset.rstrip('/')).split('.')[0].replace(':', '-')
+    """Tokenize cfg.dataset unless cached -> the folder. Raises InputError; a failure leaves nothing."""
+    if cfg.val_fraction < 0 or cfg.val_fraction > 1:
+        raise InputError(f'val_fraction: {cfg.val_fraction} is not between 0 and 1')
+    if not 1 <= cfg.max_prompt_length < cfg.max_length:
+        raise InputError(f'max_prompt_length: {cfg.max_prompt_length} leaves no room for a response in '
+                         f'max_length {cfg.max_length}')
+    for name, choices in dict(truncation=('cut', 'drop'), bad_records=('error', 'skip'),
+                              template=('', 'chat')).items():
+        if getattr(cfg, name) not in choices:
+            raise InputError(f'{name}: {getattr(cfg, name)!r} is not one of {choices}')
+    settings = {name: getattr(cfg, name) for name in Data.__dataclass_fields__
+                if name not in ('convert', 'data_dir')}
+    settings['tokenizer'] = cfg.tokenizer or 'gpt2'
+    tokenizer = get_tokenizer(settings['tokenizer'])
+    made_of = [settings, source_text(prepare)]
+    if cfg.convert is not None:
+        made_of.append(source_text(cfg.convert))
+    if os.path.isfile(cfg.dataset):
+        made_of.append([os.stat(cfg.dataset).st_size, os.stat(cfg.dataset).st_mtime_ns])
+    if os.path.isdir(settings['tokenizer']):
+        for file in ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja'):
+            path = os.path.join(settings['tokenizer'], file)
+            made_of.append(file_hash(path) if os.path.exists(path) else '')
+    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:8]
+    stem = os.path.basename(cfg.dataset).split('.')[0].replace(':', '-')
     folder = os.path.join(cfg.data_dir, f'{stem}-{key}')
     if os.path.exists(os.path.join(folder, 'meta.json')):
         return folder
-
-    print(f'preparing {cfg.dataset} -> {folder}')
-    part, ours = f'{folder}.part-{os.getpid()}-{time.time_ns()}', None      # renamed when whole
+    stream = read_source(cfg.dataset, cfg.split)
+    stream = converted(stream, cfg.convert) if cfg.convert is not None else stream
+    print(f'preparing {cfg.dataset} -> {folder}', flush=True)
+    part = f'{folder}.part-{os.getpid()}'
     try:
         os.makedirs(part)
-        ours = hold(part)                                           # until this process ends, however it does
-        for left in glob.glob(glob.escape(folder) + '.part-*'):     # by one that was killed
-            if left != part and (free := hold(left)):
-                shutil.rmtree(left, ignore_errors=True)
-                os.close(free)
-        write_files(stream, part, settings)
-        if stamp_of(source) != stamp:
-            raise InputError(f'{source}: changed while it was read')
-        if not os.path.exists(os.path.join(folder, 'meta.json')):   # or another process was faster
+        write_files(stream, part, settings, tokenizer)
+        if not os.path.exists(folder):                          # another process may have been faster
             os.rename(part, folder)
-    except BrokenPipeError:                                         # of what reads our report, not the folder
-        raise
     except OSError as e:
         raise InputError(f'{folder}: cannot be written ({first_line(e)})')
     finally:
         shutil.rmtree(part, ignore_errors=True)
-        if ours:
-            os.close(ours)
     return folder
 
 
-def hold(folder):
-    """Lock a folder. -> its file descriptor, or None where another process has it, or it is gone"""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return descriptor
-    except OSError:
-        os.close(descriptor)
-
-
-def stamp_of(source):
-    return [os.stat(source).st_size, os.stat(source).st_mtime_ns] if os.path.isfile(source) else []
-
-
-def write_files(stream, part, settings):
-    """The stream's records, encoded, into the folder `part`; prints what became of them."""
-    cfg = SimpleNamespace(**settings)
-    counts, kept, tokens_kept, first_bad, longest_pair = Counter(), Counter(), Counter(), '', 0
-    lengths = [Counter(), Counter(), Counter()]            # of the prompts, the best and the worst responses
-    with contextlib.ExitStack() as stack:
-        files = {name: stack.enter_context(open(os.path.join(part, name), 'wb')) for name in (*FILES, HASHES)}
-        bar = stack.enter_context(tqdm(unit=' pairs', disable=None, leave=False))
-        for parts, more_hashes, more, bad in in_parallel(chunks_of(stream), cfg):
+def write_files(stream, folder, settings, tokenizer):
+    counts, tables, total = Counter(), [], 0
+    path = os.path.join(folder, 'tokens.bin')
+    with open(path, 'wb') as f, tqdm(unit=' pairs', disable=None, leave=False) as bar:
+        for tokens, rows, more in in_parallel(chunks_of(stream), SimpleNamespace(**settings)):
+            sizes = rows['prompt'] + rows['responses'].sum(1, dtype=np.int64)
+            rows['start'] = total + np.cumsum(sizes) - sizes
+            total += len(tokens)
+            f.write(tokens)
+            tables += [rows] if len(rows) else []
             counts.update(more)
             bar.update(more['read'])
-            files[HASHES].write(more_hashes)
-            first_bad = first_bad or bad
-            for split, (tokens, table) in parts.items():
-                K, sizes = table['responses'].shape[1], table['prompt'] + table['responses'].sum(1)
-                longest_pair = max(longest_pair, int(sizes.max()))
-                for counter, column in zip(lengths, (table['prompt'], *table['responses'].T[[0, -1]])):
-                    counter.update(column.tolist())
-                table['offset'] = tokens_kept[split] + np.cumsum(sizes) - sizes
-                kept[split] += len(table)
-                tokens_kept[split] += len(tokens)
-                files[f'{split}.bin'].write(tokens)
-                files[f'{split}.idx'].write(table)
-    if first_bad:
-        counts[f'dropped: bad records, the first of them {first_bad}'] = counts.pop('dropped: bad records')
-    if not kept:
-        what = ''.join(f'; {n} {note}' for note, n in counts.items() if note.startswith('dropped'))
-        raise InputError(f'{cfg.dataset}: no pair is left of {counts["read"]} records{what}')
-    tokenizer, duplicates = get_tokenizer(cfg.tokenizer), count_duplicates(os.path.join(part, HASHES))
-    meta = dict(format=FORMAT, settings=settings, n_vocab=tokenizer.n_vocab, eos=tokenizer.eot_token,
-                token_bytes=2 if tokenizer.n_vocab <= 2**16 else 4, responses=K,
-                longest_pair=longest_pair, duplicates=duplicates, counts=counts,
-                pairs=dict(train=0, val=0) | kept, tokens=dict(train=0, val=0) | tokens_kept,
-                sha256={name: file_hash(os.path.join(part, name)) for name in FILES})
-    with open(os.path.join(part, 'meta.json'), 'w', encoding='utf-8') as f:
-        json.dump(meta | dict(seal=seal(meta)), f, indent=1)
-    print(report(meta, lengths))
-
-
-def count_duplicates(path):
-    """How many of a file's 8-byte hashes stand in it already; it is sorted on the disk, and removed."""
-    hashes, found = np.memmap(path, '<u8', mode='r+'), 0
-    hashes.sort()
-    for i in range(0, len(hashes), 2**20):
-        block = hashes[i:i + 2**20 + 1]
-        found += int((block[1:] == block[:-1]).sum())
-    os.remove(path)
-    return found
-
-
-def report(meta, lengths):
-    """What became of the records: a table of what was read, kept, cut, dropped, and of the lengths left."""
-    counts, pairs = dict(meta['counts']), meta['pairs']
-    lines = [f'{counts.pop("read"):>9,} records read',
-             f'{sum(pairs.values()):>9,} kept: {pairs["train"]:,} to train on, {pairs["val"]:,} to validate, '
-             f'{sum(meta["tokens"].values()):,} tokens']
-    lines += [f'{n:>9,} {what}' for what, n in sorted(counts.items())]
-    lines += [f'{meta["duplicates"]:>9,} exact duplicates of another record (kept)']
-    percents = (0, 50, 90, 99, 100)
-    lines += [f'{"tokens":>9}  ' + ''.join(f'{f"{q}%":>7}' for q in percents)]
-    names = ('prompt', 'chosen', 'rejected') if meta['responses'] <= 2 else ('prompt', 'best', 'worst')
-    for name, counter in list(zip(names, lengths))[:1 + meta['responses']]:
-        values = sorted(counter)
-        ranks = np.cumsum([counter[value] for value in values])
-        row = [values[np.searchsorted(ranks, -(-q * ranks[-1] // 100))] for q in percents]
-        lines.append(f'{name:>9}  ' + ''.join(f'{value:>7}' for value in row))
-    return '\n'.join(lines)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Reading the files back
+    if not tables:
+        dropped = ''.join(f'; {n} {note}' for note, n in counts.items() if note.startswith('dropped'))
+        raise InputError(f'{settings["dataset"]}: no pair is left of {counts["read"]} records{dropped}')
+    table = np.concatenate(tables)
+    np.save(os.path.join(folder, 'pairs.npy'), table)
+    hashes = [file_hash(os.path.join(folder, name)) for name in ('tokens.bin', 'pairs.npy')]
+    meta = dict(settings=settings, n_vocab=tokenizer.n_vocab, counts=counts, tokens=total,
+                hash=hashlib.sha256(''.join(hashes).encode()).hexdigest())
+    with open(os.path.join(folder, 'meta.json'), 'w', encoding='utf-8') as f:
+        json.dump(meta, f, indent=1)
+    print(report(table, counts, total))
 
 
 def file_hash(path):
@@ -632,107 +670,81 @@ def file_hash(path):
         return hashlib.file_digest(f, 'sha256').hexdigest()
 
 
-def seal(meta):
-    """A hash of what meta.json says: edited by hand, it would no longer fit the tokens."""
-    rest = {key: value for key, value in meta.items() if key != 'seal'}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def read_meta(folder):
-    """meta.json of prepared data. Raises InputError where it is missing, not ours, or was edited."""
-    path = os.path.join(folder, 'meta.json')
-    try:
-        with open(path, encoding='utf-8') as f:
-            meta = json.load(f)
-        number, whole = meta['format'], meta.get('seal') == seal(meta)
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
-        raise InputError(f'{path}: not the meta.json of prepared data ({first_line(e)})')
-    if number != FORMAT:
-        raise InputError(f'{path}: format {number}, this version reads {FORMAT}; delete the folder')
-    if not whole:
-        raise InputError(f'{path}: changed since it was prepared; delete the folder')
-    return meta
+def report(table, counts, total):
+    """What became of the records: read, kept, cut, dropped; and percentiles of the lengths."""
+    val, K = int(table['val'].sum()), table['responses'].shape[1]
+    lines = [f'{counts["read"]:>9,} records read',
+             f'{len(table):>9,} kept: {len(table) - val:,} to train on, {val:,} to validate, {total:,} tokens']
+    lines += [f'{n:>9,} {note}' for note, n in sorted(counts.items()) if note != 'read']
+    percents = (0, 50, 90, 99, 100)
+    lines.append(f'{"tokens":>9}  ' + ''.join(f'{f"{q}%":>7}' for q in percents))
+    columns = dict(prompt=table['prompt'], chosen=table['responses'][:, 0])
+    columns |= dict(rejected=table['responses'][:, -1]) if K > 1 else {}
+    for name, lengths in columns.items():
+        values = np.percentile(lengths, percents, method='inverted_cdf')
+        lines.append(f'{name:>9}  ' + ''.join(f'{int(value):>7}' for value in values))
+    return '\n'.join(lines)
 
 
 class Pairs:
-    """One split of prepared data, mapped into memory. pairs[i] -> (prompt, [response, ...]): token ids."""
+    """Prepared data, mapped into memory. pairs[i] -> (prompt, [response, ...]), arrays of token ids.
+    `train` and `val` are the rows of each split."""
 
-    def __init__(self, folder, split):
-        self.folder, self.split, self.meta = folder, split, read_meta(folder)
-        self.table = self.map_file(f'{split}.idx', index_dtype(self.meta['responses']))
-        self.tokens = self.map_file(f'{split}.bin', '<u2' if self.meta['token_bytes'] == 2 else '<u4')
-        self.stamps = {path: stamp_of(path) for path in (os.path.join(folder, f'{split}.{kind}')
-                                                         for kind in ('bin', 'idx'))}
-        self.hash = ''.join(self.meta['sha256'][f'{split}.{kind}'][:16] for kind in ('bin', 'idx'))
-
-    def map_file(self, name, dtype):
-        """Checked first: reading a gigabyte takes a second, and training on changed data takes the run."""
-        path = os.path.join(self.folder, name)
-        if not os.path.isfile(path) or file_hash(path) != self.meta['sha256'][name]:
-            raise InputError(f'{path}: missing, or changed since it was prepared; delete the folder')
-        return np.memmap(path, dtype, mode='r') if os.path.getsize(path) else np.zeros(0, dtype)
-
-    def check_unchanged(self):
-        """Raise InputError where the mapped files have changed since they were opened."""
-        for path, stamp in self.stamps.items():
-            if stamp_of(path) not in (stamp, []):          # deleted, it still is what it was to us
-                raise InputError(f'{path}: changed while it was in use; nothing was written after that')
-
-    def __len__(self):
-        return len(self.table)
+    def __init__(self, folder):
+        self.folder = folder
+        with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as f:
+            self.meta = json.load(f)
+        self.table = np.load(os.path.join(folder, 'pairs.npy'))
+        dtype = np.uint16 if self.meta['n_vocab'] <= 2**16 else np.uint32
+        self.tokens = np.memmap(os.path.join(folder, 'tokens.bin'), dtype, mode='r')
+        self.train, self.val = np.flatnonzero(~self.table['val']), np.flatnonzero(self.table['val'])
+        self.K = self.table['responses'].shape[1]
 
     def __getitem__(self, i):
         row = self.table[i]
-        ends = int(row['offset']) + np.cumsum([row['prompt'], *row['responses']])
-        prompt = self.tokens[int(row['offset']):ends[0]]
-        return prompt, [self.tokens[a:b] for a, b in zip(ends, ends[1:])]
+        ends = int(row['start']) + np.cumsum([row['prompt'], *row['responses']])
+        return self.tokens[int(row['start']):ends[0]], [self.tokens[a:b] for a, b in zip(ends, ends[1:])]
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command
 
 
 def show(cfg, n):
-    """Print the first n records as training will see them: `|` where a response begins, what was cut."""
-    source = read_source(source_of(cfg), cfg.split)      # says at once that there is none
-    tokenizer = get_tokenizer(cfg.tokenizer)
-    for where, raw in itertools.islice(source, n):
+    """Print the first n records as training sees them: where a response begins, and what was cut."""
+    tokenizer = get_tokenizer(cfg.tokenizer or 'gpt2')
+    stream = read_source(cfg.dataset, cfg.split)
+    stream = converted(stream, cfg.convert) if cfg.convert is not None else stream
+    for where, raw in itertools.islice(stream, n):
         try:
-            prompt, responses, p, _, notes = encode_pair(parse(raw), tokenizer, cfg)
+            prompt, responses, numbers, notes = read_record(parse(raw), cfg.template, cfg.label_from_scores)
+            ids, responses, more = tokenize(prompt, responses, tokenizer, cfg)
         except InputError as e:
-            if cfg.bad_records != 'skip':
-                raise InputError(f'{where}: {e} (--bad_records=skip leaves such records out)')
-            print(f'--- {where}; left out: {e}')
+            print(f'--- {where}: an error, {e}')
             continue
-        print('; '.join([f'--- {where}', *[f'p = {p:.3f}'] * (p != 1), *notes]))
-        responses = responses or []
-        for name, r in zip(('chosen', 'rejected') if len(responses) <= 2 else itertools.count(1), responses):
-            text = [tokenizer.decode(t.tolist()) for t in (prompt, r)]
-            print(f'{name}: {text[0]!r} | {text[1]!r}')
-            print(f'    {len(prompt)} prompt tokens, no loss; {len(r)} response tokens, scored'
-                  + ('' if r[-1] == tokenizer.eot_token else '; cut, so no end of text'))
+        set_numbers = [f'{name} = {x:g}' for name, x in numbers.items() if x != NUMBERS[name]]
+        print('; '.join([f'--- {where}', *set_numbers, *notes, *more]))
+        for k, r in enumerate(responses or []):
+            name = ('chosen', 'rejected')[k] if len(responses) <= 2 else f'response {k + 1}'
+            print(f'{name}: {tokenizer.decode(ids.tolist())!r} | {tokenizer.decode(r.tolist())!r}')
+            print(f'    {len(ids)} prompt tokens, no loss; {len(r)} response tokens, scored'
+                  + ('' if set(r.tolist()) & tokenizer.ends else '; cut, so no end of text'))
+
+
+@dataclass
+class Options(Data):
+    show: int = 0                        # print so many records, write nothing
 
 
 def main(argv):
-    import train   # imported here: it imports this file; it knows the config
-    shown = [a.removeprefix('--show=') for a in argv if a.startswith('--show=')]
-    argv = [a for a in argv if not a.startswith('--show=')]
-    if not argv or argv[0].startswith('-'):
-        raise InputError('usage: python prepare.py CONFIG_OR_SOURCE [--show=N] [--name=value ...]')
-    if not all(n.isdecimal() for n in shown):
-        raise InputError(f'command line: --show={shown[0]} is not a number of records')
-    if argv[0] == 'demo':    # its records come from a model, which that config names
-        argv[0] = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config', 'dpo_demo.py')
-    if not argv[0].endswith('.py'):
-        argv = [f'--dataset={argv[0]}', *argv[1:]]
-    cfg = train.load_config(argv)
-    if shown:
-        show(cfg, int(shown[0]))
+    if argv[0].startswith('-'):
+        raise InputError('usage: python prepare.py SOURCE [--show=N] [--name=value ...]')
+    cfg = configure(Options, [f'--dataset={argv[0]}', *argv[1:]])
+    if cfg.show:
+        show(cfg, cfg.show)
     else:
         print(prepare(cfg))
 
 
 if __name__ == '__main__':
-    import prepare   # by its name, as train.py imports it: one module, one InputError
-    import train
-    train.run(prepare.main, __doc__, sys.argv[1:])
+    run(main, __doc__)

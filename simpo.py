@@ -1,15 +1,15 @@
 """
-Objectives that need no reference: pure functions of log-probabilities, summed over each response's tokens,
-and of the responses' lengths in tokens.
-
-All take (B,) tensors and return (losses, chosen_rewards, rejected_rewards), each (B,), as dpo.py's do.
+Objectives without a reference: pure functions of the log-probs and lengths of whole responses.
 
     python train.py config/simpo_demo.py --loss=simpo --gamma=1.0
+
+Each takes (B,) tensors, log pi(y|x) summed over a response's tokens and lengths in tokens, and returns
+(losses, chosen_rewards, rejected_rewards), each (B,), as in dpo.py.
 """
 import torch
 import torch.nn.functional as F
 
-from dpo import preference_loss
+from dpo import bernoulli_nll
 
 
 def simpo_loss(policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths,
@@ -18,14 +18,14 @@ def simpo_loss(policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejec
 
         loss = -log sigma(beta/|y_w| log pi(y_w|x) - beta/|y_l| log pi(y_l|x) - gamma)
 
-    The reward is beta times the mean log-prob of a response's tokens; `gamma` is the margin, in units of
-    reward, by which chosen is asked to win (the paper searches 0.3 to 1.6). `label_smoothing` and `p` are as
-    in dpo_loss; they weigh the two sides of z = r_w - r_l - gamma, so the margin stays on chosen's
-    side, as in the authors' code. `sft_weight` weighs chosen's mean negative log-likelihood (their appendix).
+    The reward is beta times the mean log-prob of a response's tokens. `gamma` is the target margin, in units
+    of reward (the paper searches 0.3 to 1.6). `label_smoothing` and `p` are as in dpo_loss and weigh the two
+    sides of z = r_w - r_l - gamma, as in the authors' code: the margin stays on chosen's side. `sft_weight`
+    weighs the mean negative log-likelihood of chosen (the paper's appendix).
     """
     chosen_rewards = beta * policy_chosen_logps / chosen_lengths
     rejected_rewards = beta * policy_rejected_logps / rejected_lengths
-    losses = preference_loss(chosen_rewards - rejected_rewards - gamma, label_smoothing, p)
+    losses = bernoulli_nll(chosen_rewards - rejected_rewards - gamma, label_smoothing, p)
     if sft_weight:
         losses = losses - sft_weight * policy_chosen_logps / chosen_lengths
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
@@ -33,7 +33,7 @@ def simpo_loss(policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejec
 
 def cpo_loss(policy_chosen_logps, policy_rejected_logps, beta=0.1, sft_weight=1.0):
     """Contrastive preference optimisation (Xu et al. 2024, arXiv:2401.08417, equation 5): DPO with a uniform
-    reference, held in place by the chosen response's likelihood,
+    reference, anchored by the likelihood of chosen:
 
         loss = -log sigma(beta log pi(y_w|x) - beta log pi(y_l|x)) - sft_weight log pi(y_w|x)
     """
@@ -45,16 +45,15 @@ def cpo_loss(policy_chosen_logps, policy_rejected_logps, beta=0.1, sft_weight=1.
 def orpo_loss(policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths, beta=0.1):
     """Odds-ratio preference optimisation (Hong et al. 2024, arXiv:2403.07691, equations 6 and 7):
 
-        loss = -log P(y_w) - beta log sigma(log odds(y_w) - log odds(y_l)),    log P(y) = 1/|y| log pi(y|x),
-        odds = P / (1 - P)
+        loss = -log P(y_w) - beta log sigma(log odds(y_w) - log odds(y_l)),    odds = P / (1 - P)
 
-    beta is the paper's lambda.
+    with log P(y) = 1/|y| log pi(y|x). beta is the paper's lambda.
     """
     chosen, rejected = policy_chosen_logps / chosen_lengths, policy_rejected_logps / rejected_lengths
-    # log(1 - P) as log(-expm1(log P)), which keeps its digits near P = 1; at 1 itself it would be infinite
+    # log(1 - P) = log(-expm1(log P)) keeps its digits near P = 1; at P = 1 it would be infinite
     c, r = chosen.clamp(max=-1e-7), rejected.clamp(max=-1e-7)
-    odds = (c - r) - (torch.log(-torch.expm1(c)) - torch.log(-torch.expm1(r)))
-    losses = -chosen - beta * F.logsigmoid(odds)
+    log_odds_ratio = (c - r) - (torch.log(-torch.expm1(c)) - torch.log(-torch.expm1(r)))
+    losses = -chosen - beta * F.logsigmoid(log_odds_ratio)
     return losses, beta * chosen.detach(), beta * rejected.detach()
 
 
@@ -63,7 +62,7 @@ def slic_loss(policy_chosen_logps, policy_rejected_logps, delta=1.0, sft_weight=
 
         loss = max(0, delta - log pi(y_w|x) + log pi(y_l|x)) - sft_weight log pi(y_w|x)
 
-    The paper regularises towards a model's own SFT target; here, as in SimPO's comparison, towards chosen.
+    The paper regularises towards the SFT target; here, as in SimPO's comparison, towards chosen.
     """
     losses = F.relu(delta - policy_chosen_logps + policy_rejected_logps) - sft_weight * policy_chosen_logps
     return losses, policy_chosen_logps.detach(), policy_rejected_logps.detach()
@@ -80,7 +79,9 @@ def rrhf_loss(policy_chosen_logps, policy_rejected_logps, chosen_lengths, reject
 
 
 def sft_loss(policy_chosen_logps):
-    """Supervised fine-tuning on the chosen responses: loss = -log pi(y_w|x), in nats per response. How a
-    reference is made where there is none. A sum, not a mean over the tokens: with 1/|y| for each, short
-    ones would weigh more, and the model would learn to end too soon. No comparison, so no rewards: None."""
+    """Supervised fine-tuning on chosen: loss = -log pi(y_w|x), in nats per response. No rewards: None.
+
+    A sum over tokens, not a mean: with a mean, tokens of short responses weigh more, and the model learns to
+    end too soon.
+    """
     return -policy_chosen_logps, None, None

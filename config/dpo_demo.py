@@ -1,18 +1,19 @@
-# DPO in the built-in world (demo.py): no download, no GPU, the right answer known.
+# DPO in the built-in world (lab/films.py): no download, no GPU, and the right answer is known.
 #
 #   python train.py config/dpo_demo.py
 #
-# Data: 6,000 pairs that the base model writes, labelled by Bradley-Terry on the gold reward. The base model is
-# config/sft_demo.py's, which is trained first where it is not there yet.
-# Expect: about 4 minutes in all on two cores, 1 of them here; accuracy 0.7 to 0.82 (the labels are noisy: the gold
-# reward itself agrees with 75% of them), and nine tenths of the gain that the optimum has at the policy's KL.
+# Data: 6,000 pairs that the base model samples, labelled by Bradley-Terry on the gold reward.
+# Expect about 4 minutes on two cores, 1 of them here and the rest for the base model; an accuracy of
+# 0.7 to 0.82 (labels are noisy: the gold reward itself agrees with 75% of them), and nine tenths of
+# the gain that the optimum has at the policy's KL.
+from lab import films
 
 out_dir = 'out/dpo_demo'
 overwrite = True
-init_from = 'out/sft_demo'
-init_config = 'config/sft_demo.py'
+init_from = films.base_model()
+dataset = films.pairs(init_from)
+at_end = films.report
 
-dataset = 'demo'
 tokenizer = 'byte'
 max_length = 112
 max_prompt_length = 48

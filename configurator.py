@@ -1,0 +1,140 @@
+"""
+Settings and commands: a config file and --name=value into a dataclass, one-line errors, whole files.
+
+    python train.py config/dpo_demo.py --beta=0.5 --resume
+
+A config file is plain Python, and is run. Names it assigns that are fields of the command's dataclass are
+taken. Names with a leading underscore, modules, functions and classes are free to use. A misspelt name or a
+value of the wrong type is an error. Left out: nested settings, environment variables, YAML.
+"""
+import ast
+import contextlib
+import dataclasses
+import difflib
+import inspect
+import os
+import reprlib
+import runpy
+import signal
+import sys
+import traceback
+import types
+from collections.abc import Callable
+
+
+class InputError(ValueError):
+    """Something the user can fix: a file, a key, a value. Commands print its one line and exit with 1."""
+
+    def __init__(self, message):
+        super().__init__(' '.join(str(message).split('\n')))
+
+
+def first_line(e):
+    """Another library's exception, short enough to quote."""
+    return ' '.join(f'{type(e).__name__}: {e}'.split())[:160]
+
+
+# ----------------------------------------------------------------------------------------------------
+# Settings
+
+
+def configure(cls, argv, options_of=lambda cfg: {}):
+    """[CONFIG] [--name=value ...] -> an instance of the dataclass `cls`.
+
+    `options_of(cfg)` gives the names and defaults that are accepted beside the fields, known only once the
+    fields are: an objective's own options. They come back as the dictionary `cfg.options`.
+    """
+    given, argv = {}, list(argv)                           # name -> (value, where it was set)
+    if argv and not argv[0].startswith('-'):
+        path = argv.pop(0)
+        names = {f.name for f in dataclasses.fields(cls)}
+        for name, value in run_config(path).items():
+            free = name.startswith('_') or inspect.ismodule(value) or callable(value)
+            if name in names or not free:
+                given[name] = value, path
+    for arg in argv:
+        name, equals, text = arg.removeprefix('--').partition('=')
+        if not arg.startswith('--') or not name:
+            raise InputError(f'command line: {arg!r} is not of the form --name=value')
+        given[name] = text if equals else 'True', 'command line'       # --resume means --resume=True
+
+    cfg = cls()
+    kinds = {f.name: f.type for f in dataclasses.fields(cls)}
+    for name in kinds.keys() & given.keys():
+        setattr(cfg, name, checked(name, *given[name], kinds[name]))
+    cfg.options = options_of(cfg)
+    for name in given.keys() - kinds.keys():
+        value, where = given[name]
+        if name not in cfg.options:
+            near = difflib.get_close_matches(name, [*kinds, *cfg.options], n=1)
+            raise InputError(f'{where}: {name!r} is not a setting here'
+                             + ''.join(f'; did you mean {match!r}?' for match in near))
+        cfg.options[name] = checked(name, value, where, type(cfg.options[name]))
+    return cfg
+
+
+def run_config(path):
+    if not os.path.isfile(path):
+        raise InputError(f'{path}: no such config file')
+    try:
+        return runpy.run_path(path)
+    except InputError:
+        raise
+    except Exception as e:
+        frames = traceback.extract_tb(e.__traceback__)
+        line = e.lineno if isinstance(e, SyntaxError) else max(
+            [frame.lineno for frame in frames if frame.filename == path], default=0)
+        raise InputError(f'{path} line {line}: {first_line(e)}')
+
+
+def checked(name, value, where, kind):
+    """`value` as `kind`, a type or a union of types. The command line's text is read as a Python literal."""
+    kinds = kind.__args__ if isinstance(kind, types.UnionType) else (kind,)
+    if where == 'command line' and str not in kinds:
+        with contextlib.suppress(ValueError, SyntaxError):
+            value = ast.literal_eval(value)
+    if type(value) is int and float in kinds and int not in kinds:
+        value = float(value)
+    fits = type(value) in kinds or (callable(value) and {Callable, type} & set(kinds))
+    if not fits or value != value or value in (float('inf'), -float('inf')):
+        wanted = ' or '.join(k.__name__.replace('NoneType', 'None') for k in kinds)
+        raise InputError(f'{where}: {name} = {reprlib.repr(value)} is not of type {wanted}')
+    return value
+
+
+# ----------------------------------------------------------------------------------------------------
+# Commands
+
+
+def run(main, doc):
+    """CLI wrapper: --help prints `doc`; an InputError becomes one line and exit code 1."""
+    argv = sys.argv[1:]
+    if not argv or '-h' in argv or '--help' in argv:
+        print(doc.strip())
+        return
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))    # unwind: remove temp files
+    try:
+        main(argv)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:                                # the reader of our output, `head` say, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (InputError, OSError) as e:
+        sys.exit(f'error: {e}')
+
+
+@contextlib.contextmanager
+def atomic_write(path, mode='w'):
+    """A file to write. `path` holds the old content or all of the new, whatever happens in between."""
+    part = f'{path}.{os.getpid()}.tmp'
+    try:
+        with open(part, mode, encoding=None if 'b' in mode else 'utf-8') as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:                   # torch.save has its own for a full disk
+        raise InputError(f'{path}: could not be written ({first_line(e)}); the old file, if any, is unchanged')
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(part)
