@@ -1,5 +1,5 @@
 """
-Settings and commands: a config file and --name=value into a dataclass, one-line errors, whole files.
+Settings and commands: a config file and --name=value into a dataclass, one-line errors, files.
 
     python train.py config/dpo_demo.py --beta=0.5 --resume
 
@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import json
 import os
 import reprlib
 import runpy
@@ -138,3 +139,17 @@ def atomic_write(path, mode='w'):
     finally:
         with contextlib.suppress(OSError):
             os.remove(part)
+
+
+def read_json(path, missing=None):
+    """The object in a JSON file; `missing`, unless None, where there is no file."""
+    if missing is not None and not os.path.exists(path):
+        return missing
+    try:
+        with open(path, encoding='utf-8') as f:
+            content = json.load(f)
+    except (OSError, ValueError) as e:
+        raise InputError(f'{path}: not a JSON file ({first_line(e)})')
+    if not isinstance(content, dict):
+        raise InputError(f'{path}: not an object but a {type(content).__name__}')
+    return content

@@ -36,23 +36,20 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from datetime import datetime
+from dataclasses import dataclass
 from reprlib import repr as brief       # values in messages: one line, though a record may be megabytes
 from types import SimpleNamespace
 
 import numpy as np
-import tiktoken
 from tqdm import tqdm
 
 from configurator import InputError, configure, first_line, run
+from tokenizer import ASSISTANT, MARK, get_tokenizer, plain_chat
 
-END = '<|endoftext|>'
 CHUNK = 2**20           # bytes of records that a worker takes at a time
 # Numbers that a record may have, with their defaults. An objective asks for one by its name.
 NUMBERS = {'p': 1.0,        # the probability that chosen is better
@@ -81,143 +78,10 @@ class Data:
 # Tokenizers and chat templates
 
 
-class Tokenizer:
-    """Text to ids and back, by tiktoken or by a model's tokenizer.json; and its chat template.
-
-    n_vocab: size of the vocabulary. eot: the token that ends a response. ends: all tokens at which
-    sampling stops. begin: tokens that open every text (Llama's <s>), at most one.
-    """
-
-    def __init__(self, name, encoding=None, folder=None):
-        self.name, self.encoding, self.template = name, encoding, None
-        if encoding is not None:
-            self.n_vocab, self.eot, self.bos, self.begin = encoding.n_vocab, encoding.eot_token, None, []
-            self.ends = {self.eot}
-            return
-        import tokenizers                # imported here: gpt2 and byte do without it
-
-        def read(file):
-            path = os.path.join(folder, file)
-            try:
-                with open(path, encoding='utf-8') as f:
-                    return f.read() if file.endswith('.jinja') else json.load(f)
-            except FileNotFoundError:
-                return {}
-            except (OSError, ValueError) as e:
-                raise InputError(f'{path}: cannot be read ({first_line(e)})')
-        try:
-            self.hf = tokenizers.Tokenizer.from_file(os.path.join(folder, 'tokenizer.json'))
-        except Exception as e:           # the library raises plain Exceptions
-            raise InputError(f'{folder}/tokenizer.json: not a tokenizer ({first_line(e)})')
-        config, generation = read('tokenizer_config.json'), read('generation_config.json')
-        words = {key: word['content'] if isinstance(word, dict) else word
-                 for key, word in config.items() if re.fullmatch('(bos|eos|unk|pad)_token', key) and word}
-        self.n_vocab = self.hf.get_vocab_size()
-        self.special = {t.content: i for i, t in self.hf.get_added_tokens_decoder().items() if t.special}
-        self.bos = self.hf.token_to_id(words.get('bos_token', ''))
-        self.eot = self.hf.token_to_id(words.get('eos_token', ''))
-        ends = generation.get('eos_token_id') or []
-        ends = ends if isinstance(ends, list) else [ends]
-        self.eot = self.eot if self.eot is not None or not ends else ends[0]
-        if self.eot is None:
-            raise InputError(f'{folder}: no eos_token in tokenizer_config.json, so no end of a response')
-        self.begin = self.hf.encode('').ids[:1] if self.bos is not None else []
-        self.ends = {self.eot, *ends}
-        template = read('chat_template.jinja') or config.get('chat_template')
-        if template:
-            self.template = compile_template(template, folder, words)
-            opened = self.render([dict(role='user', content='a'), dict(role='assistant', content='b')])
-            closing = self.encode_rendered(opened.rpartition('b')[2])
-            self.ends |= set([i for i in closing.tolist() if i in self.special.values()][:1])
-
-    def encode(self, text):
-        """Text -> (n,) ids. What spells a special token, '<|endoftext|>' say, is ordinary text."""
-        if self.encoding is not None:
-            return self.encoding.encode_to_numpy(text, disallowed_special=())
-        self.hf.encode_special_tokens = True
-        return np.array(self.hf.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
-
-    def decode(self, ids):
-        if self.encoding is not None:
-            return self.encoding.decode(list(ids))
-        return self.hf.decode(list(ids), skip_special_tokens=False)
-
-    def render(self, messages, opening=False):
-        """Messages -> text by the chat template; `opening` adds the start of the assistant's turn.
-
-        Special tokens that a message spells get a mark, which encode_rendered takes for: text.
-        """
-        marked = [m | dict(content=self.special_words().sub(
-            lambda found: found[0][0] + MARK + found[0][1:], m['content'])) for m in messages]
-        try:
-            return self.template.render(messages=marked, add_generation_prompt=opening)
-        except Exception as e:           # raise_exception(...) of the template, or a mistake in it
-            raise InputError(f'the chat template of {self.name} refuses this chat ({first_line(e)})')
-
-    def encode_rendered(self, text):
-        """Text of the template -> (n,) ids: its special tokens are tokens, those of messages text."""
-        self.hf.encode_special_tokens = False
-        if MARK not in text:
-            return np.array(self.hf.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
-        parts = re.split(f'({self.special_words().pattern})', text)
-        return np.concatenate([
-            np.array([self.special[part]], dtype=np.uint32) if part in self.special
-            else self.encode(part.replace(MARK, '')) for part in parts if part])
-
-    @functools.cache
-    def special_words(self):
-        longest_first = sorted(self.special, key=len, reverse=True)
-        return re.compile('|'.join(map(re.escape, longest_first)) or r'(?!)')
-
-
-MARK = '\ue000'         # a private-use character
-
-
-def compile_template(source, folder, words):
-    """A Jinja chat template, in the environment that transformers gives it."""
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-    if isinstance(source, list):         # several, by name
-        source = next((t['template'] for t in source if t.get('name') == 'default'), '')
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols'])
-    environment.filters['tojson'] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
-
-    def raise_exception(message):
-        raise TemplateError(message)
-    environment.globals |= dict(
-        words, raise_exception=raise_exception, strftime_now=lambda f: datetime.now().strftime(f))
-    try:
-        return environment.from_string(source)
-    except TemplateError as e:
-        raise InputError(f'{folder}: the chat template does not parse ({first_line(e)})')
-
-
-@functools.cache
-def get_tokenizer(name):
-    """'byte' (256 bytes and the end of text, built in), a name of tiktoken's, or a folder of a model's
-    (tokenizer.json, and optionally tokenizer_config.json, chat_template.jinja)."""
-    if name == 'byte':
-        return Tokenizer(name, tiktoken.Encoding(
-            'byte', pat_str=r'[\s\S]{1,400}', special_tokens={END: 256},
-            mergeable_ranks={bytes([i]): i for i in range(256)}))
-    if os.path.isdir(name):
-        return Tokenizer(name, folder=name)
-    if name not in tiktoken.list_encoding_names():
-        raise InputError(f'tokenizer: {name!r} is neither byte, nor a folder with tokenizer.json, nor one '
-                         f'of {", ".join(tiktoken.list_encoding_names())}')
-    try:
-        return Tokenizer(name, tiktoken.get_encoding(name))
-    except Exception as e:    # whatever the download raised
-        raise InputError(f'tokenizer: the tables of {name!r} cannot be downloaded ({first_line(e)}); '
-                         'TIKTOKEN_CACHE_DIR may name a folder that has them')
-
-
 # --------------------------------------------------------------------------------------------------
 # Records: any shape -> (prompt, [best response, ..., worst], numbers, notes)
 
 ROLES = dict(user='user', human='user', assistant='assistant', gpt='assistant', system='system')
-ASSISTANT = '\n\nAssistant:'
 SHAPES = ('prompt, chosen, rejected; chosen, rejected; messages or conversations; instruction or '
           'question; response_j, response_k; output_1, output_2, preference; prompt, responses')
 
@@ -231,14 +95,14 @@ def text_of(value, key):
 
 
 def number_of(record, key, low=-3e38, high=3e38):
-    """record[key] as a float; text that is a number, as in CSV, will do."""
+    """record[key] as a float; text of a number, as in CSV, will do."""
     try:
         value = float(record[key])
     except (TypeError, ValueError):
         value = math.nan
     if not low <= value <= high:
-        raise InputError(f'{key!r} is {brief(record[key])}, not a number'
-                         + (f' from {low:g} to {high:g}' if high < 3e38 else ''))
+        allowed = f' from {low:g} to {high:g}' if high < 3e38 else ''
+        raise InputError(f'{key!r} is {brief(record[key])}, not a number{allowed}')
     return value
 
 
@@ -252,8 +116,8 @@ def chat_of(value, key):
         if isinstance(m, dict):
             role, content = m.get('role', m.get('from')), m.get('content', m.get('value'))
         if role not in list(ROLES) or not isinstance(content, str):
-            raise InputError(f'{key!r}: a message needs a role (system, user or assistant) and a content, '
-                             f'not {brief(role)} and a {type(content).__name__}')
+            raise InputError(f'{key!r}: a message needs a role (system, user or assistant) and a '
+                             f'content, not {brief(role)} and a {type(content).__name__}')
         messages.append(dict(role=ROLES[role], content=content))
     return messages
 
@@ -263,7 +127,7 @@ def split_transcripts(chosen, rejected):
     shared = len(os.path.commonprefix([chosen, rejected]))
     at = chosen.rfind(ASSISTANT, 0, shared) + len(ASSISTANT)
     if at < len(ASSISTANT):
-        raise InputError("no 'prompt', and 'chosen' and 'rejected' share nothing up to an 'Assistant:'")
+        raise InputError("no 'prompt', and 'chosen' and 'rejected' share no 'Assistant:'")
     responses, notes = [chosen[at:], rejected[at:]], []
     if any(turn in r for r in responses for turn in ('\n\nHuman:', ASSISTANT)):
         notes.append('transcripts that differ before their last turn')
@@ -273,89 +137,81 @@ def split_transcripts(chosen, rejected):
 
 
 def split_chats(prompt, chats):
-    """Chats -> (prompt, answers), lists of messages: the prompt is given, or what the chats share."""
-    if not isinstance(prompt, list):
-        n = 0
-        while n < min(map(len, chats)) - 1 and all(chat[n] == chats[0][n] for chat in chats):
-            n += 1
-        if n:                                    # a 'prompt' string repeats the first turn: passed over
-            return chats[0][:n], [chat[n:] for chat in chats]
-        return [dict(role='user', content=text_of(prompt, 'prompt'))], chats
-    n = len(prompt)
-    whole = all(chat[:n] == prompt and len(chat) > n for chat in chats)
-    return prompt, [chat[n:] for chat in chats] if whole else chats
+    """A prompt (messages, text or None) and chats -> (prompt, answers), lists of messages."""
+    shared = 0
+    if isinstance(prompt, list):
+        if all(chat[:len(prompt)] == prompt for chat in chats):    # chats that repeat the prompt
+            shared = len(prompt)
+    else:
+        while shared < min(map(len, chats)) - 1 and all(c[shared] == chats[0][shared] for c in chats):
+            shared += 1
+        prompt = chats[0][:shared] or [dict(role='user', content=text_of(prompt, 'prompt'))]
+    answers = [chat[shared:] for chat in chats]
+    ends = [m for answer in answers for m in (answer[:1] + answer[-1:] or [prompt[0]])]
+    if not prompt or any(m['role'] != 'assistant' or not m['content'].strip() for m in ends):
+        raise InputError("after the prompt, a chat must begin and end with an assistant's message "
+                         'that is not blank')
+    return prompt, answers
 
 
 def responses_of(r):
-    """A record's responses, best first, as they are; and p, where the record's preference says it."""
+    """A record's responses, best first, and p where its preference says it, else None."""
     if 'responses' in r:
-        if not isinstance(r['responses'], list) or not r['responses']:
-            raise InputError(f"'responses' is {brief(r['responses'])}, not a list, best first")
-        scores = r.get('scores')
+        responses, scores = r['responses'], r.get('scores')
+        if not isinstance(responses, list) or not responses:
+            raise InputError(f"'responses' is {brief(responses)}, not a list, best first")
         if scores is None:
-            return r['responses'], None
-        if not isinstance(scores, list) or len(scores) != len(r['responses']):
+            return responses, None
+        if not isinstance(scores, list) or len(scores) != len(responses):
             raise InputError("'scores' needs a number for each of the 'responses'")
-        scores = [number_of(dict(scores=s), 'scores') for s in scores]
-        order = sorted(range(len(scores)), key=lambda i: -scores[i])
-        return [r['responses'][i] for i in order], None
-    if 'output_1' in r and 'output_2' in r:
-        first = 2 - number_of(r, 'preference', 1, 2) if 'preference' in r else math.nan
-        if math.isnan(first):
-            raise InputError("no 'preference' between 'output_1' and 'output_2'")
+        scores = [number_of(dict(scores=score), 'scores') for score in scores]
+        return [responses[i] for i in np.argsort(-np.array(scores), kind='stable')], None
+    if 'output_1' in r and 'output_2' in r and 'preference' in r:
+        p = 2 - number_of(r, 'preference', 1, 2)
         outputs = [r['output_1'], r['output_2']]
-        return (outputs, first) if first >= 0.5 else (outputs[::-1], 1 - first)
+        return (outputs, p) if p >= 0.5 else (outputs[::-1], 1 - p)
     names = ('response_j', 'response_k') if 'response_j' in r else ('chosen', 'rejected')
     return [r[name] for name in names if name in r], None
 
 
 def read_record(record, template='', label_from_scores=False):
-    """A record of any shape -> (prompt, responses, numbers, notes): strings, or lists of messages.
-
-    Raises InputError, which names the key that is missing, empty or of the wrong type.
-    """
+    """A record of any shape -> (prompt, responses, numbers, notes). Prompt and responses are strings,
+    or lists of messages. Raises InputError, which names the key that is missing, empty or wrong."""
     if not isinstance(record, dict):
         raise InputError(f'a record is an object with keys, not a {type(record).__name__}')
-    r = {key: value for key, value in record.items() if value is not None}     # Parquet fills up with None
-    responses, p = responses_of(r)
-    chat, notes = r.get('messages', r.get('conversations')), []
+    r = {key: value for key, value in record.items() if value is not None}     # Parquet fills with None
+    (responses, p), notes = responses_of(r), []
+    prompt, chat = r.get('prompt'), r.get('messages', r.get('conversations'))
     single = r.get('instruction', r.get('question'))
     if chat is not None:
         prompt = chat_of(chat, 'messages')
-        if not responses:                                                      # SFT: the last turn
+        if not responses:                                                      # SFT on the last turn
             prompt, responses = prompt[:-1], [prompt[-1:]]
-        responses = [chat_of(value, 'chosen') for value in responses]
-    elif responses and not all(isinstance(value, str) for value in responses):
-        prompt = r.get('prompt')
-        prompt = chat_of(prompt, 'prompt') if isinstance(prompt, list) else prompt
-        prompt, responses = split_chats(prompt, [chat_of(value, 'chosen') for value in responses])
-    elif isinstance(r.get('prompt'), list) and responses:
-        prompt, responses = chat_of(r['prompt'], 'prompt'), [chat_of(v, 'chosen') for v in responses]
-    elif 'prompt' in r and responses:
-        prompt, responses = text_of(r['prompt'], 'prompt'), [text_of(v, 'chosen') for v in responses]
-        if template == 'chat':
-            prompt = [dict(role='user', content=prompt)]
-            responses = [chat_of(value, 'chosen') for value in responses]
-    elif single is not None and responses:
+    elif isinstance(prompt, list):
+        prompt = chat_of(prompt, 'prompt')
+    elif prompt is None and single is not None:
         text = text_of(single, 'instruction') + (f'\n{r["input"]}' if r.get('input') else '')
-        prompt, responses = [dict(role='user', content=text)], [chat_of(v, 'chosen') for v in responses]
-    elif len(responses) == 2 and 'chosen' in r:
-        prompt, responses, notes = split_transcripts(*(text_of(v, 'chosen') for v in responses))
-    else:
+        prompt = [dict(role='user', content=text)]
+    elif prompt is not None and template == 'chat':
+        prompt = [dict(role='user', content=text_of(prompt, 'prompt'))]
+    texts = all(isinstance(response, str) for response in responses)
+    if not responses or (prompt is None and len(responses) != 2):
         keys = ', '.join(map(brief, record))[:200] or 'none'
-        raise InputError(f'no shape fits the keys {keys}; known are: {SHAPES} (convert makes one of them)')
-    if isinstance(prompt, list):
-        answers = [m for answer in responses for m in (answer[0], answer[-1])]
-        if not prompt or any(m['role'] != 'assistant' or not m['content'].strip() for m in answers):
-            raise InputError('a chat needs a prompt, and answers that begin and end with an assistant\'s '
-                             'message that is not blank')
-    numbers = dict(NUMBERS) | ({} if p is None else dict(p=p))
+        raise InputError(f'no shape fits the keys {keys}; known are: {SHAPES} '
+                         '(or set convert, a function that makes one of them)')
+    if prompt is None and texts:
+        prompt, responses, notes = split_transcripts(*(text_of(v, 'chosen') for v in responses))
+    elif texts and not isinstance(prompt, list):
+        prompt, responses = text_of(prompt, 'prompt'), [text_of(v, 'chosen') for v in responses]
+    else:
+        prompt, responses = split_chats(prompt, [chat_of(v, 'chosen') for v in responses])
+    numbers = NUMBERS | ({} if p is None else dict(p=p))
     numbers |= {name: number_of(r, name) for name in NUMBERS if name in r}
     number_of(numbers, 'p', 0, 1)
-    scores = [number_of(r, key) for keys in (('chosen_score', 'score_chosen'), ('rejected_score', 'score_rejected'))
-              for key in keys if key in r]
+    keys = ('score_chosen', 'score_rejected') if 'score_chosen' in r else ('chosen_score', 'rejected_score')
+    scores = [number_of(r, key) for key in keys if key in r]
     if len(scores) == 1 or (label_from_scores and not scores):
-        raise InputError("'chosen_score' and 'rejected_score' go together, and one is missing")
+        raise InputError(f'{keys[0]!r} and {keys[1]!r} go together, and one is missing')
     if scores and scores[0] < scores[1]:
         notes.append('records whose rejected response has the higher score')
     if label_from_scores:
@@ -457,11 +313,8 @@ def tokenize(prompt, responses, tokenizer, cfg):
     turns, a response its end (and with it the end of text).
     """
     if isinstance(prompt, list) and tokenizer.template is None:
-        def write(messages):
-            return ''.join(f'\n\n{dict(user="Human").get(m["role"], m["role"].capitalize())}: {m["content"]}'
-                           for m in messages)
-        prompt = write(prompt) + ASSISTANT
-        responses = [write(answer).removeprefix(ASSISTANT) for answer in responses]
+        prompt = plain_chat(prompt) + ASSISTANT
+        responses = [plain_chat(answer).removeprefix(ASSISTANT) for answer in responses]
     if isinstance(prompt, list):
         ids, responses, notes = tokenize_chat(prompt, responses, tokenizer, cfg.max_prompt_length)
         if ids is None:
@@ -539,10 +392,10 @@ def encode_chunk(chunk, cfg, K=None):
             continue
         counts.update(notes + more)
         if responses:
-            key = hashlib.blake2b(json.dumps(prompt).encode(), digest_size=8).digest()
-            val = int.from_bytes(key, 'big') < cfg.val_fraction * 2**64
+            text = prompt if isinstance(prompt, str) else json.dumps(prompt)
+            key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), 'big')
             tokens += [ids, *responses]
-            rows.append((0, number, val, len(ids), [len(r) for r in responses], *numbers.values()))
+            rows.append((0, number, key < cfg.val_fraction * 2**64, len(ids), [len(r) for r in responses], *numbers.values()))
     dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
     tokens = np.concatenate(tokens).astype(dtype) if rows else np.zeros(0, dtype)
     return tokens, np.array(rows, dtype=table_dtype(K or 1)), counts

@@ -19,7 +19,8 @@ import torch
 
 from configurator import InputError, atomic_write, configure, run
 from model import ChunkedLogps, bias_of, pack, pieces_mask
-from prepare import ASSISTANT, Data, Pairs, get_tokenizer, parse, prepare, read_source, text_of
+from prepare import Data, Pairs, parse, prepare, read_source, text_of
+from tokenizer import get_tokenizer
 from weights import find, load, load_checkpoint, tokenizer_of
 
 # --------------------------------------------------------------------------------------------------
@@ -154,15 +155,8 @@ class Options:
 def encode_prompt(text, tokenizer, template=''):
     """Text -> token ids, as prepare.py writes a prompt."""
     if template == 'chat':
-        return encode_turns([dict(role='user', content=text)], tokenizer)
+        return tokenizer.encode_turns([dict(role='user', content=text)]).tolist()
     return [*tokenizer.begin, *tokenizer.encode(text).tolist()]
-
-
-def encode_turns(turns, tokenizer):
-    if tokenizer.template is not None:
-        return tokenizer.encode_rendered(tokenizer.render(turns, opening=True)).tolist()
-    names = dict(user='\n\nHuman: ', assistant=ASSISTANT + ' ')
-    return tokenizer.encode(''.join(names[t['role']] + t['content'] for t in turns) + ASSISTANT).tolist()
 
 
 def validation_prompts(name, limit):
@@ -217,7 +211,7 @@ def chat(model, o, tokenizer):
     turns, room = [], model.config.block_size - 1
     while text := input('> ').strip():
         turns.append(dict(role='user', content=text))
-        ids = encode_turns(turns, tokenizer)[-room:]
+        ids = tokenizer.encode_turns(turns).tolist()[-room:]
         tokens = generate(model, [ids], o.max_new_tokens, tokenizer.ends, o.temperature, o.top_k, o.top_p,
                           o.seed + len(turns))[0]
         turns.append(dict(role='assistant', content=text_and_end(tokens, tokenizer)[0].strip()))

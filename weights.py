@@ -12,14 +12,13 @@ import contextlib
 import json
 import os
 import shutil
-import sys
-from dataclasses import asdict
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from configurator import InputError, atomic_write, first_line, run
+from configurator import InputError, atomic_write, first_line, read_json, run
 from model import GPT, GPTConfig
+from tokenizer import get_tokenizer
 
 TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja',
                    'generation_config.json', 'special_tokens_map.json', 'vocab.json', 'merges.txt')
@@ -123,17 +122,6 @@ def their_names(ours, config):
     return names, table is GPT2_NAMES and part in ('qkv', 'attn_out', 'up', 'down')
 
 
-def read_json(path):
-    try:
-        with open(path, encoding='utf-8') as f:
-            content = json.load(f)
-    except (OSError, ValueError) as e:
-        raise InputError(f'{path}: not a JSON file ({first_line(e)})')
-    if not isinstance(content, dict):
-        raise InputError(f'{path}: a {type(content).__name__}, not an object')
-    return content
-
-
 def read_config(folder):
     path = os.path.join(folder, 'config.json')
     return config_of(read_json(path), path)
@@ -230,17 +218,9 @@ def tokenizer_of(name):
 # Saving
 
 
-def keep_tokenizer(cfg):
-    """Copy the tokenizer's files into the run's folder, so that the run needs nothing else."""
-    for name in TOKENIZER_FILES:
-        path = os.path.join(cfg.tokenizer, name)
-        if os.path.exists(path):
-            shutil.copy(path, os.path.join(cfg.out_dir, name))
-
-
 def save(model, folder, tokenizer=None):
     """Write config.json and model.safetensors, float32, of the family the model came from. With a
-    prepare.Tokenizer, config.json has its end-of-text token, too."""
+    tokenizer, config.json has its end-of-text token, too."""
     c, tensors = model.config, {}
     widths = [n * c.head_dim for n in (c.n_head, c.n_kv_head, c.n_kv_head)]
     for ours, p in model.state_dict().items():
@@ -274,13 +254,40 @@ def save(model, folder, tokenizer=None):
         json.dump(config, f, indent=2)
 
 
+def copy_tokenizer(source, folder):
+    """Copy the tokenizer's files from one folder to another, so that a model has its own."""
+    for name in TOKENIZER_FILES:
+        if os.path.exists(path := os.path.join(source, name)):
+            shutil.copy(path, os.path.join(folder, name))
+
+
+def model_card(checkpoint):
+    """A README.md for the model of a run: its base, data, settings and last metrics."""
+    config = checkpoint['config']
+    lines = [f'# {os.path.basename(config["out_dir"])}', '',
+             f'{config["init_from"]}, trained with nanoPref: loss {config["loss"]}, data '
+             f'{config["dataset"]}, {checkpoint.get("step", 0)} steps.', '', '| setting | value |', '|---|---|']
+    lines += [f'| {name} | {value} |' for name, value in config.items() if value not in ('', None)]
+    if checkpoint.get('metrics'):
+        lines += ['', '| metric | value |', '|---|---|']
+        lines += [f'| {name} | {value:.4f} |' for name, value in checkpoint['metrics'].items()]
+    return '\n'.join(lines) + '\n'
+
+
 def main(argv):
     if len(argv) != 2:
         raise InputError('usage: python weights.py MODEL FOLDER')
     name, folder = argv
-    model, tokenizer = load(name), tokenizer_of(name)
-    save(model, folder)
-    print(f'{folder}: loads with transformers.AutoModelForCausalLM.from_pretrained')
+    path, tokenizer = find(name), tokenizer_of(name)
+    save(load(name), folder, get_tokenizer(tokenizer))
+    if os.path.isdir(tokenizer):
+        copy_tokenizer(tokenizer, folder)
+    if os.path.isfile(path):
+        with atomic_write(os.path.join(folder, 'README.md')) as f:
+            f.write(model_card(load_checkpoint(path)))
+    print(f'{folder}: transformers.AutoModelForCausalLM.from_pretrained loads it')
+    if not os.path.isdir(tokenizer):
+        print(f'its tokenizer is {tokenizer!r}, which has no files: none were written')
 
 
 if __name__ == '__main__':

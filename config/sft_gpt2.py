@@ -1,16 +1,15 @@
-# GPT-2 fine-tuned on the chosen responses of Anthropic's preferences: the reference that config/dpo_gpt2.py starts from.
+# GPT-2 fine-tuned on the chosen responses of Anthropic's preferences: the reference that
+# config/dpo_gpt2.py starts from.
 #
 #   python train.py config/sft_gpt2.py
 #
-# Data: as config/dpo_gpt2.py; GPT-2's weights (500 MB) come from the hub, or --init_from=FOLDER.
-#
-# Expect: not yet run on a GPU by us, so no duration and no result to compare with; the first lines say how fast it goes.
+# Data: as config/dpo_gpt2.py. GPT-2's weights (500 MB) come from the hub; or --init_from=FOLDER.
+# Not yet run on a GPU by us, so no duration and no result to compare with.
 
 out_dir = 'out/sft_gpt2'
 init_from = 'gpt2'
 
 dataset = 'Anthropic/hh-rlhf'
-tokenizer = 'gpt2'
 max_length = 512
 max_prompt_length = 256
 val_fraction = 0.02

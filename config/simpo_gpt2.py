@@ -1,20 +1,18 @@
-# SimPO of GPT-2 on UltraFeedback: no reference, so a start from any model and half the bookkeeping.
+# SimPO of GPT-2 on UltraFeedback: no reference, so no second model and no pass before training.
 #
 #   python train.py config/simpo_gpt2.py
 #
-# Expect: not yet run on a GPU by us, so no duration and no result to compare with; the first lines say how fast it goes.
-#
 # Data: 61,135 pairs from the hub (long responses). Your own: --dataset=pairs.jsonl
 #
-# Settings of the paper (Meng et al. 2024, arXiv:2405.14734): beta 2.0 to 2.5, gamma from
-# 0.3 to 1.6, batches of 128 pairs, a cosine schedule with a tenth of the steps as warm-up, one epoch. They searched
-# learning rates of 3e-7 to 1e-6 for models of 7 and 8 billion parameters; GPT-2 wants more.
+# Settings of the paper (Meng et al. 2024, arXiv:2405.14734): beta 2.0 to 2.5, gamma 0.3 to 1.6, batches
+# of 128 pairs, a cosine schedule with a tenth of the steps as warm-up, one epoch. They searched learning
+# rates of 3e-7 to 1e-6 for models of 7 and 8 billion parameters; GPT-2 wants more.
+# Not yet run on a GPU by us, so no duration and no result to compare with.
 
 out_dir = 'out/simpo_gpt2'
 init_from = 'gpt2'
 
 dataset = 'HuggingFaceH4/ultrafeedback_binarized'
-tokenizer = 'gpt2'
 max_length = 1024
 max_prompt_length = 512
 val_fraction = 0.02

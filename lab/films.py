@@ -25,8 +25,8 @@ import numpy as np
 import train
 from configurator import InputError, atomic_write
 from lab import optimum
-from prepare import get_tokenizer
 from sample import generate, text_and_end
+from tokenizer import get_tokenizer
 from weights import load
 
 PRAISE = ('great', 'superb', 'lovely', 'clever', 'moving', 'funny')

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from model import pack
-from prepare import get_tokenizer
+from tokenizer import get_tokenizer
 
 
 def tilted(rewards, beta):
