@@ -3,9 +3,10 @@ Settings and commands: a config file and --name=value into a dataclass, one-line
 
     python train.py config/dpo_demo.py --beta=0.5 --resume
 
-A config file is plain Python, and is run. Names it assigns that are fields of the command's dataclass are
-taken. Names with a leading underscore, modules, functions and classes are free to use. A misspelt name or a
-value of the wrong type is an error. Left out: nested settings, environment variables, YAML.
+A config file is plain Python, and is run. Names it assigns that are fields of the command's
+dataclass are taken. Names with a leading underscore, modules, functions and classes are free to
+use. A misspelt name or a value of the wrong type is an error. Left out: nested settings,
+environment variables, YAML.
 """
 import ast
 import contextlib
@@ -24,7 +25,8 @@ from collections.abc import Callable
 
 
 class InputError(ValueError):
-    """Something the user can fix: a file, a key, a value. Commands print its one line and exit with 1."""
+    """Something the user can fix: a file, a key, a value. Commands print its one line and exit
+    with 1."""
 
     def __init__(self, message):
         super().__init__(' '.join(str(message).split('\n')))
@@ -35,15 +37,16 @@ def first_line(e):
     return ' '.join(f'{type(e).__name__}: {e}'.split())[:160]
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Settings
 
 
 def configure(cls, argv, options_of=lambda cfg: {}):
     """[CONFIG] [--name=value ...] -> an instance of the dataclass `cls`.
 
-    `options_of(cfg)` gives the names and defaults that are accepted beside the fields, known only once the
-    fields are: an objective's own options. They come back as the dictionary `cfg.options`.
+    `options_of(cfg)` gives the names and defaults that are accepted beside the fields, known only
+    once the fields are: an objective's own options. They come back as the dictionary
+    `cfg.options`.
     """
     given, argv = {}, list(argv)                           # name -> (value, where it was set)
     if argv and not argv[0].startswith('-'):
@@ -57,7 +60,7 @@ def configure(cls, argv, options_of=lambda cfg: {}):
         name, equals, text = arg.removeprefix('--').partition('=')
         if not arg.startswith('--') or not name:
             raise InputError(f'command line: {arg!r} is not of the form --name=value')
-        given[name] = text if equals else 'True', 'command line'       # --resume means --resume=True
+        given[name] = text if equals else 'True', 'command line'   # --resume means --resume=True
 
     cfg = cls()
     kinds = {f.name: f.type for f in dataclasses.fields(cls)}
@@ -89,7 +92,8 @@ def run_config(path):
 
 
 def checked(name, value, where, kind):
-    """`value` as `kind`, a type or a union of types. The command line's text is read as a Python literal."""
+    """`value` as `kind`, a type or a union of types. The command line's text is read as a Python
+    literal."""
     kinds = kind.__args__ if isinstance(kind, types.UnionType) else (kind,)
     if where == 'command line' and str not in kinds:
         with contextlib.suppress(ValueError, SyntaxError):
@@ -103,7 +107,7 @@ def checked(name, value, where, kind):
     return value
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Commands
 
 
@@ -113,12 +117,13 @@ def run(main, doc):
     if not argv or '-h' in argv or '--help' in argv:
         print(doc.strip())
         return
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))    # unwind: remove temp files
+    # SIGTERM unwinds the stack, so that temporary files are removed
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main(argv)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:                                # the reader of our output, `head` say, has ended
+    except BrokenPipeError:              # the reader of our output, `head` say, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (InputError, OSError) as e:
         sys.exit(f'error: {e}')
@@ -126,7 +131,8 @@ def run(main, doc):
 
 @contextlib.contextmanager
 def atomic_write(path, mode='w'):
-    """A file to write. `path` holds the old content or all of the new, whatever happens in between."""
+    """A file to write. `path` holds the old content or all of the new, whatever happens in
+    between."""
     part = f'{path}.{os.getpid()}.tmp'
     try:
         with open(part, mode, encoding=None if 'b' in mode else 'utf-8') as f:
@@ -134,8 +140,9 @@ def atomic_write(path, mode='w'):
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as e:                   # torch.save has its own for a full disk
-        raise InputError(f'{path}: could not be written ({first_line(e)}); the old file, if any, is unchanged')
+    except (OSError, RuntimeError) as e:    # torch.save has its own for a full disk
+        raise InputError(f'{path}: could not be written ({first_line(e)}); the old file, if any, '
+                         'is unchanged')
     finally:
         with contextlib.suppress(OSError):
             os.remove(part)

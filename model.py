@@ -5,18 +5,19 @@ A GPT from scratch: packed preference pairs in, one log-prob per response token 
     logps = model.token_logps(batch)                       # (N,) float32, one per response token
     batch.sum_by_response(logps)                           # (B, 2): log pi(y|x)
 
-One Block serves GPT-2 and models of today (Llama, Mistral, Qwen): each difference between them is a field of
-GPTConfig. A pair's prompt stands once, its responses follow, and there is no padding between pairs:
+One Block serves GPT-2 and models of today (Llama, Mistral, Qwen): each difference between them is
+a field of GPTConfig. A pair's prompt stands once, its responses follow, and there is no padding
+between pairs:
 
     tokens     p p p p | c c c | r r r r |  next pair ...
     position   0 1 2 3 | 4 5 6 | 4 5 6 7 |          rejected takes up where the prompt ended
     branch     0 0 0 0 | 1 1 1 | 2 2 2 2 |
 
-Left out: dropout (DPO compares log-probs, and dropout makes them noisy), sharding over GPUs. Loading and
-saving are in weights.py, sampling is in sample.py.
+Left out: dropout (DPO compares log-probs, and dropout makes them noisy), sharding over GPUs.
+Loading and saving are in weights.py, sampling is in sample.py.
 
-Shapes: T tokens, N response tokens, B pairs, K responses each, H heads of width D, G key-value heads,
-d embedding, V vocabulary.
+Shapes: T tokens, N response tokens, B pairs, K responses each, H heads of width D, G key-value
+heads, d embedding, V vocabulary.
 """
 import math
 from dataclasses import dataclass, fields
@@ -31,7 +32,8 @@ import torch.nn.functional as F
 
 
 def visible(pair, branch, q, k):
-    """The attention mask: may the query at q see the key at k? Indices of shapes that broadcast."""
+    """The attention mask: may the query at q see the key at k? Indices of shapes that
+    broadcast."""
     return (pair[q] == pair[k]) & (k <= q) & ((branch[k] == 0) | (branch[k] == branch[q]))
 
 
@@ -72,7 +74,7 @@ def pack(pairs, pad_to=0):
     B, K = len(pairs), len(pairs[0][1])
     lengths = np.array([[len(r) for r in responses] for _, responses in pairs])        # (B, K)
     prompts = np.array([len(prompt) for prompt, _ in pairs])                           # (B,)
-    sizes = np.concatenate([prompts[:, None], lengths], axis=1).reshape(-1)            # (B * (1+K),)
+    sizes = np.concatenate([prompts[:, None], lengths], axis=1).reshape(-1)      # (B * (1+K),)
     assert sizes.min() > 0, 'prompts and responses need a token or more'
     begin = np.cumsum(sizes) - sizes                            # where each segment begins
     T = int(sizes.sum())
@@ -86,7 +88,7 @@ def pack(pairs, pad_to=0):
     pair = np.repeat(np.repeat(np.arange(B), 1 + K), sizes)
     response = branch > 0
     last_of_prompt = (begin[::1 + K] + prompts - 1)[pair]
-    before = np.where(within == 0, last_of_prompt, index - 1)   # where a response token is predicted
+    before = np.where(within == 0, last_of_prompt, index - 1)   # where a token is predicted
 
     def padded(a, value=0):
         return torch.from_numpy(np.concatenate([a, np.zeros(pad, dtype=np.int64) + value]))
@@ -114,8 +116,9 @@ def attend(q, k, v, bias):                   # (..., H, T, D), (..., G, S, D) tw
     return (scores + bias.to(q.dtype)).softmax(-1) @ v          # (..., H, T, D)
 
 
-def attention(q, k, v, mask):                # (..., H, T, D), (..., G, S, D) twice -> (..., H, T, D)
-    """`mask` is a bias for `attend`; or the pieces of a packed batch (CPU); or a BlockMask (GPU)."""
+def attention(q, k, v, mask):                # as attend: -> (..., H, T, D)
+    """`mask` is a bias for `attend`; or the pieces of a packed batch (CPU); or a BlockMask
+    (GPU)."""
     if torch.is_tensor(mask):
         return attend(q, k, v, mask)
     if isinstance(mask, list):
@@ -131,8 +134,8 @@ def bias_of(seen):
 
 
 def pieces_mask(batch, piece=128):
-    """`visible` as a list of biases (t, t), one for each pair; pairs that are together shorter than
-    `piece` tokens share one. Nothing is computed between pieces."""
+    """`visible` as a list of biases (t, t), one for each pair; pairs that are together shorter
+    than `piece` tokens share one. Nothing is computed between pieces."""
     cuts, T = [0], batch.tokens.numel()
     starts = batch.starts + [T] * (batch.starts[-1] < T)        # padding is one more piece
     for start, stop in zip(starts, starts[1:]):
@@ -175,14 +178,15 @@ class ChunkedLogps(torch.autograd.Function):
     """plain_logps, a chunk of rows at a time: all N rows of float32 logits never exist at once.
 
     The gradient of a row's log-prob by its logits is one-hot - softmax. The forward pass keeps
-    softmax - one-hot, (N, V) in the precision of the products that use it (100 KB a token for GPT-2
-    in bf16): computing the logits a second time would cost a tenth of a step.
+    softmax - one-hot, (N, V) in the precision of the products that use it (100 KB a token for
+    GPT-2 in bf16): computing the logits a second time would cost a tenth of a step.
     """
 
     @staticmethod
     def product(a, b):
-        """a b in float32 or better. Rounding GPT-2's logits (near -100) to bf16 is wrong by 0.25: a
-        GPU sums bf16 products in float32; a CPU has no such product, and its factors stay float32."""
+        """a b in float32 or better. Rounding GPT-2's logits (near -100) to bf16 is wrong by 0.25:
+        a GPU sums bf16 products in float32; a CPU has no such product, and its factors stay
+        float32."""
         if a.is_cuda and a.dtype == torch.bfloat16:
             return torch.mm(a, b, out_dtype=torch.float32)
         return torch.mm(a, b).to(torch.promote_types(a.dtype, torch.float32))
@@ -196,7 +200,8 @@ class ChunkedLogps(torch.autograd.Function):
         h, weight, N = h.to(dtype), weight.to(dtype), len(h)
         logps = h.new_empty(N, dtype=torch.promote_types(dtype, torch.float32))
         error = h.new_empty(N, len(weight), dtype=low) if learns else None
-        rows = max(1, (2**27 if h.is_cuda else 2**23) // len(weight))   # logits: 512 MiB on a GPU, 32 here
+        size = 2**27 if h.is_cuda else 2**23                    # logits: 512 MiB on a GPU, else 32
+        rows = max(1, size // len(weight))
         with torch.autocast(device, enabled=False):
             for i in range(0, N, rows):
                 chunk = slice(i, i + rows)
@@ -206,7 +211,7 @@ class ChunkedLogps(torch.autograd.Function):
                 if learns:
                     error[chunk] = logits.sub_(total).exp_()                           # softmax
                 del logits                                      # before the next chunk's
-        if learns:                                              # p - 1 = expm1(log p), exact near p = 1
+        if learns:                            # at the target p - 1 = expm1(log p), exact near p = 1
             error[torch.arange(N, device=h.device), targets] = torch.expm1(logps).to(low)
         ctx.save_for_backward(error, h, weight)
         return logps
@@ -278,8 +283,8 @@ class Block(nn.Module):
         self.down = nn.Linear(c.n_inner, d, bias=c.bias == 'all')
 
     def forward(self, x, mask, rotation=None, cache=None):      # (..., T, d) -> (..., T, d)
-        heads = self.qkv(self.ln_1(x)).unflatten(-1, (sum(self.heads), -1))         # (..., T, H+2G, D)
-        q, k, v = (t.transpose(-3, -2) for t in heads.split(self.heads, dim=-2))    # (..., H or G, T, D)
+        heads = self.qkv(self.ln_1(x)).unflatten(-1, (sum(self.heads), -1))    # (..., T, H+2G, D)
+        q, k, v = (t.transpose(-3, -2) for t in heads.split(self.heads, dim=-2))  # (..., H, T, D)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
@@ -297,12 +302,14 @@ class Block(nn.Module):
 
 
 def rotary_angles(positions, config):        # (..., T) -> two of (..., 1, T, D/2)
-    """cos and sin of position * frequency (Su et al. 2021, arXiv:2104.09864), the same for all heads.
+    """cos and sin of position * frequency (Su et al. 2021, arXiv:2104.09864), the same for all
+    heads.
 
-    Llama 3's scaling divides frequencies by `factor` where a wavelength exceeds context / low, leaves
-    them where it is below context / high, and interpolates in between.
+    Llama 3's scaling divides frequencies by `factor` where a wavelength exceeds context / low,
+    leaves them where it is below context / high, and interpolates in between.
     """
-    exponent = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
+    D = config.head_dim
+    exponent = torch.arange(0, D, 2, device=positions.device).float() / D
     frequency = 1.0 / config.rope_theta ** exponent             # (D/2,)
     if config.rope_scaling:
         factor, low, high, context = config.rope_scaling
@@ -357,12 +364,13 @@ class GPT(nn.Module):
         mask = bias_of(positions <= positions[:, None])
         return F.linear(self.hidden(tokens, positions, mask), self.head_weight)
 
-    def packed_hidden(self, tokens, positions, mask):           # (T,) -> (T, d); train.py compiles it
+    def packed_hidden(self, tokens, positions, mask):           # (T,) -> (T, d); may be compiled
         return self.hidden(tokens, positions, mask)
 
     def token_logps(self, batch):
-        """log pi(y_t | x, y_<t) of each response token of a packed batch: (N,) float32, in the order
-        of `batch.targets`. Prompt tokens have none. `batch.sum_by_response` adds them up."""
+        """log pi(y_t | x, y_<t) of each response token of a packed batch: (N,) float32, in the
+        order of `batch.targets`. Prompt tokens have none. `batch.sum_by_response` adds them
+        up."""
         mask = pieces_mask(batch) if batch.mask is None else batch.mask
         x = self.packed_hidden(batch.tokens, batch.positions, mask)[batch.scored]      # (N, d)
         learns = torch.is_grad_enabled()

@@ -3,31 +3,32 @@ Preference pairs, from anywhere, to token files that train.py maps into memory.
 
     python prepare.py my_pairs.jsonl.gz --show=3           # look first, write nothing
     python prepare.py Anthropic/hh-rlhf:harmless-base      # the hub; a subset after the colon
-    python prepare.py pairs.csv --tokenizer=my-model       # my-model/tokenizer.json and its template
+    python prepare.py pairs.csv --tokenizer=my-model       # a model's tokenizer and template
 
 train.py calls this by itself. Sources: .jsonl, .jsonl.gz, .json (one list), .csv, .tsv, .parquet, and
 any data set of the hub. The shapes of records, told apart by their keys:
 
-    {"prompt": "...", "chosen": "...", "rejected": "..."}           strings, taken byte for byte
-    {"chosen": "\\n\\nHuman: ...", "rejected": "\\n\\nHuman: ..."}      transcripts: they share the prompt
-    {"chosen": [{"role": ..., "content": ...}], "rejected": [...]}  chats, with or without "prompt"
-    {"messages" or "conversations": [...], "chosen": ..., ...}      chats; ShareGPT's from/value, too
-    {"instruction" or "question": "...", "input": "...", ...}       one user turn; Alpaca
-    {..., "response_j": "...", "response_k": "..."}                 other names of chosen and rejected
-    {..., "output_1": "...", "output_2": "...", "preference": 1}    AlpacaEval; 1 to 2: p = 2 - preference
-    {"prompt": "...", "responses": ["best", ..., "worst"]}          a ranking, or sorted by "scores"
-    {"prompt": "...", "chosen": "..."}, {"messages": [...]}         no comparison: for loss = 'sft' only
+    {"prompt": "...", "chosen": "...", "rejected": "..."}       strings, taken byte for byte
+    {"chosen": "\\n\\nHuman: ...", "rejected": ...}             transcripts: they share the prompt
+    {"chosen": [{"role": ..., "content": ...}], ...}            chats, with or without "prompt"
+    {"messages" or "conversations": [...], "chosen": ..., ...}  chats; ShareGPT's from/value, too
+    {"instruction" or "question": "...", "input": "...", ...}   one user turn; Alpaca
+    {..., "response_j": "...", "response_k": "..."}             for chosen and rejected
+    {..., "output_1": ..., "output_2": ..., "preference": 1}    AlpacaEval; p = 2 - preference
+    {"prompt": "...", "responses": ["best", ..., "worst"]}      a ranking, or sorted by "scores"
+    {"prompt": "...", "chosen": "..."}, {"messages": [...]}     no comparison: for loss = 'sft'
 
 All may have "chosen_score" and "rejected_score", and the numbers of NUMBERS. For other shapes, set
 `convert` in a config file: a function from a record to one of these, or to None to leave it out.
 
-A chat is written by the model's own template, or as \\n\\nHuman: ... \\n\\nAssistant: ... without one.
-Output: data/NAME-KEY/ with tokens.bin (all tokens, end to end), pairs.npy (a table of where they are)
-and meta.json. KEY is a hash of the settings, the source and this file: an edit prepares anew.
-Left out: cleaning, deduplication, mixing of sources, tools and documents in chats.
+A chat is written by the model's own template, or as \\n\\nHuman: ... \\n\\nAssistant: ... without
+one. Output: data/NAME-KEY/ with tokens.bin (all tokens, end to end), pairs.npy (a table of where
+they are) and meta.json. KEY is a hash of the settings, the source and this file: an edit prepares
+anew. Left out: cleaning, deduplication, mixing of sources, tools and documents in chats.
 """
 import csv
 import functools
+import glob
 import gzip
 import hashlib
 import inspect
@@ -37,11 +38,12 @@ import math
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
-from reprlib import repr as brief       # values in messages: one line, though a record may be megabytes
+from dataclasses import dataclass, fields
+from reprlib import repr as brief       # for messages: a value may be megabytes
 from types import SimpleNamespace
 
 import numpy as np
@@ -63,7 +65,7 @@ class Data:
     split: str = ''                     # of a hub data set; empty: train_prefs or train
     tokenizer: str = ''                 # byte, a name of tiktoken's, a folder with tokenizer.json;
                                         # empty: the model's own, gpt2 where there is no model
-    template: str = ''                  # 'chat': a prompt string is a user turn of the chat template
+    template: str = ''                  # 'chat': a prompt string is a user turn
     max_length: int = 512               # tokens of a prompt with one of its responses
     max_prompt_length: int = 256        # a longer prompt loses its start; a chat, its early turns
     truncation: str = 'cut'             # a response that does not fit: 'cut' it, or 'drop' the pair
@@ -143,7 +145,8 @@ def split_chats(prompt, chats):
         if all(chat[:len(prompt)] == prompt for chat in chats):    # chats that repeat the prompt
             shared = len(prompt)
     else:
-        while shared < min(map(len, chats)) - 1 and all(c[shared] == chats[0][shared] for c in chats):
+        shortest = min(map(len, chats))
+        while shared < shortest - 1 and all(c[shared] == chats[0][shared] for c in chats):
             shared += 1
         prompt = chats[0][:shared] or [dict(role='user', content=text_of(prompt, 'prompt'))]
     answers = [chat[shared:] for chat in chats]
@@ -175,17 +178,18 @@ def responses_of(r):
 
 
 def read_record(record, template='', label_from_scores=False):
-    """A record of any shape -> (prompt, responses, numbers, notes). Prompt and responses are strings,
-    or lists of messages. Raises InputError, which names the key that is missing, empty or wrong."""
+    """A record of any shape -> (prompt, responses, numbers, notes). Prompt and responses are
+    strings, or lists of messages. Raises InputError, which names the key that is missing, empty
+    or wrong."""
     if not isinstance(record, dict):
         raise InputError(f'a record is an object with keys, not a {type(record).__name__}')
-    r = {key: value for key, value in record.items() if value is not None}     # Parquet fills with None
+    r = {key: value for key, value in record.items() if value is not None}    # Parquet's gaps
     (responses, p), notes = responses_of(r), []
     prompt, chat = r.get('prompt'), r.get('messages', r.get('conversations'))
     single = r.get('instruction', r.get('question'))
     if chat is not None:
         prompt = chat_of(chat, 'messages')
-        if not responses:                                                      # SFT on the last turn
+        if not responses:                # no comparison: the last turn is the response
             prompt, responses = prompt[:-1], [prompt[-1:]]
     elif isinstance(prompt, list):
         prompt = chat_of(prompt, 'prompt')
@@ -208,7 +212,8 @@ def read_record(record, template='', label_from_scores=False):
     numbers = NUMBERS | ({} if p is None else dict(p=p))
     numbers |= {name: number_of(r, name) for name in NUMBERS if name in r}
     number_of(numbers, 'p', 0, 1)
-    keys = ('score_chosen', 'score_rejected') if 'score_chosen' in r else ('chosen_score', 'rejected_score')
+    keys = ('chosen_score', 'rejected_score')
+    keys = ('score_chosen', 'score_rejected') if 'score_chosen' in r else keys     # UltraFeedback
     scores = [number_of(r, key) for key in keys if key in r]
     if len(scores) == 1 or (label_from_scores and not scores):
         raise InputError(f'{keys[0]!r} and {keys[1]!r} go together, and one is missing')
@@ -241,38 +246,41 @@ def read_list(path):
 
 
 def read_table(path):
+    name = os.path.basename(path)
     with open(path, encoding='utf-8', newline='') as f:
-        csv.field_size_limit(2**27)
         rows = csv.DictReader(f, dialect='excel-tab' if path.endswith('.tsv') else 'excel')
         for row in rows:
-            yield f'{os.path.basename(path)} line {rows.line_num}', {k: v for k, v in row.items() if v}
+            yield f'{name} line {rows.line_num}', {key: value for key, value in row.items() if value}
 
 
 def read_datasets(source, split):
     """A .parquet file, or owner/name or owner/name:subset of the hub, streamed."""
     import datasets                      # slow to load
+    name, _, subset = source.partition(':')
     if source.endswith('.parquet'):
         options = dict(path='parquet', data_files=source, split='train')
+    elif name == 'Anthropic/hh-rlhf':    # its subsets are folders
+        options = dict(path=name, data_dir=subset or None, split=split or 'train')
     else:
-        name, _, subset = source.partition(':')
-        hh = name == 'Anthropic/hh-rlhf'                                       # its subsets are folders
-        if not split:
-            splits = ['train'] if hh else datasets.get_dataset_split_names(name, subset or None)
-            split = 'train_prefs' if 'train_prefs' in splits else 'train'
-        options = dict(path=name, split=split, **{'data_dir' if hh else 'name': subset or None})
+        names = [split] if split else datasets.get_dataset_split_names(name, subset or None)
+        default = 'train_prefs' if 'train_prefs' in names else 'train'
+        options = dict(path=name, name=subset or None, split=split or default)
     for count, record in enumerate(datasets.load_dataset(streaming=True, **options), 1):
         yield f'{source} record {count}', record
 
 
+READERS = {'.jsonl': read_lines, '.jsonl.gz': read_lines, '.json': read_list,
+           '.csv': read_table, '.tsv': read_table}
+
+
 def read_source(source, split=''):
     """A path or a name of the hub -> a stream of (where, raw): bytes of JSON, or a parsed object."""
-    readers = {'.jsonl': read_lines, '.jsonl.gz': read_lines, '.json': read_list, '.csv': read_table,
-               '.tsv': read_table, '.parquet': lambda path: read_datasets(path, split)}
-    reader = next((reader for ending, reader in readers.items() if source.endswith(ending)), None)
-    if reader is not None and not os.path.isfile(source):
+    known = (*READERS, '.parquet')
+    if source.endswith(known) and not os.path.isfile(source):
         raise InputError(f'{source}: no such file')
-    if reader is None and (os.path.exists(source) or source.count('/') != 1):
-        raise InputError(f'{source}: neither a {", ".join(readers)} file nor owner/name of the hub')
+    if not source.endswith(known) and (os.path.exists(source) or source.count('/') != 1):
+        raise InputError(f'{source}: neither a {", ".join(known)} file nor owner/name of the hub')
+    reader = next((reader for ending, reader in READERS.items() if source.endswith(ending)), None)
     where = f'{source}: the beginning'
     try:
         for where, raw in reader(source) if reader else read_datasets(source, split):
@@ -307,7 +315,8 @@ def converted(stream, convert):
 
 
 def tokenize(prompt, responses, tokenizer, cfg):
-    """Prompt and responses, strings or messages -> ((n,) ids, [(n,) ids, ...], notes), cut to length.
+    """Prompt and responses, strings or messages -> ((n,) ids, [(n,) ids, ...], notes), cut to
+    length.
 
     Responses are None where the pair is dropped. A string prompt loses its start, a chat its early
     turns, a response its end (and with it the end of text).
@@ -339,37 +348,51 @@ def tokenize(prompt, responses, tokenizer, cfg):
 
 def tokenize_chat(prompt, responses, tokenizer, longest):
     """As tokenize, by the model's chat template. A prompt that is too long loses whole early turns;
-    where the last turn alone is too long, its start; never the system turn or the answer's opening."""
-    notes, rest = [], list(prompt)
-    system = [rest.pop(0)] if rest[0]['role'] == 'system' else []
+    if its last turn alone is too long, the start of that; never the system turn or the opening."""
+    turns, notes = list(prompt), []
+    system = [turns.pop(0)] if turns[0]['role'] == 'system' else []
     while True:
-        text = tokenizer.render(system + rest, opening=True)
+        text = tokenizer.render(system + turns, opening=True)
         ids = tokenizer.encode_rendered(text)
         excess = len(ids) - longest
         if excess <= 0:
             break
-        later = [i for i, m in enumerate(rest) if i and m['role'] == 'user']
-        if later:                                               # a turn: from one user message to the next
-            rest, notes = rest[later[0]:], ['chats that lost early turns']
-            continue
-        content = tokenizer.encode(rest[-1]['content'])
-        if excess >= len(content):
-            return None, None, ['dropped: the system turn alone fills the prompt']
-        cut = tokenizer.decode(content[excess:].tolist()).lstrip('\ufffd')
-        rest, notes = [*rest[:-1], rest[-1] | dict(content=cut)], ['chats that lost early turns']
+        notes = ['chats that lost early turns']
+        second = next((i for i, m in enumerate(turns) if i and m['role'] == 'user'), 0)
+        content = tokenizer.encode(turns[-1]['content'])
+        if second:
+            turns = turns[second:]
+        elif excess < len(content):
+            end = tokenizer.decode(content[excess:].tolist()).lstrip('\ufffd')
+            turns = [*turns[:-1], turns[-1] | dict(content=end)]
+        else:
+            return None, None, ['dropped: the chat does not fit max_prompt_length']
     answers = []
     for answer in responses:
-        whole = tokenizer.render(system + rest + answer)
-        if not whole.startswith(text) or answer[-1]['content'].strip() not in whole[len(text):].replace(MARK, ''):
-            raise InputError(f'the chat template of {tokenizer.name} drops or changes the assistant\'s turn')
-        answers.append(tokenizer.encode_rendered(whole[len(text):]))
+        chat = tokenizer.render(system + turns + answer)
+        rest = chat.removeprefix(text)
+        if rest == chat or answer[-1]['content'].strip() not in rest.replace(MARK, ''):
+            raise InputError(f"the chat template of {tokenizer.name} drops the assistant's turn")
+        answers.append(tokenizer.encode_rendered(rest))
     return ids, answers, notes
 
 
 def table_dtype(K):
-    """A row of pairs.npy: where a pair's tokens start, its number in the source, lengths, NUMBERS."""
+    """A row of pairs.npy: where a pair's tokens start, its number in the source, lengths,
+    NUMBERS."""
     return np.dtype([('start', '<i8'), ('id', '<i8'), ('val', '?'), ('prompt', '<i4'),
                      ('responses', '<i4', (K,)), *((name, '<f4') for name in NUMBERS)])
+
+
+def encode_record(raw, tokenizer, cfg):
+    """-> (prompt, its ids, ids of the responses or None, numbers, notes)"""
+    record = parse(raw)
+    prompt, texts, numbers, notes = read_record(record, cfg.template, cfg.label_from_scores)
+    try:
+        ids, responses, more = tokenize(prompt, texts, tokenizer, cfg)
+    except UnicodeEncodeError as e:
+        raise InputError(f'a lone surrogate, which is no character ({first_line(e)})')
+    return prompt, ids, responses, numbers, notes + more
 
 
 def encode_chunk(chunk, cfg, K=None):
@@ -379,23 +402,23 @@ def encode_chunk(chunk, cfg, K=None):
     tokens, rows, counts = [], [], Counter(read=len(chunk))
     for number, where, raw in chunk:
         try:
-            record = parse(raw)
-            prompt, texts, numbers, notes = read_record(record, cfg.template, cfg.label_from_scores)
-            ids, responses, more = tokenize(prompt, texts, tokenizer, cfg)
+            prompt, ids, responses, numbers, notes = encode_record(raw, tokenizer, cfg)
             K = K or (responses and len(responses))
             if responses and len(responses) != K:
                 raise InputError(f'{len(responses)} responses, where the records before have {K}')
-        except (InputError, UnicodeEncodeError) as e:                          # lone surrogates
+        except InputError as e:
             if cfg.bad_records != 'skip':
                 raise InputError(f'{where}: {e} (--bad_records=skip leaves such records out)')
             counts['dropped: bad records'] += 1
             continue
-        counts.update(notes + more)
+        counts.update(notes)
         if responses:
             text = prompt if isinstance(prompt, str) else json.dumps(prompt)
-            key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), 'big')
+            place = hashlib.blake2b(text.encode(), digest_size=8).digest()
+            val = int.from_bytes(place, 'big') < cfg.val_fraction * 2**64
+            lengths = [len(r) for r in responses]
+            rows.append((0, number, val, len(ids), lengths, *numbers.values()))
             tokens += [ids, *responses]
-            rows.append((0, number, key < cfg.val_fraction * 2**64, len(ids), [len(r) for r in responses], *numbers.values()))
     dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
     tokens = np.concatenate(tokens).astype(dtype) if rows else np.zeros(0, dtype)
     return tokens, np.array(rows, dtype=table_dtype(K or 1)), counts
@@ -416,24 +439,21 @@ def chunks_of(stream):
 def in_parallel(chunks, cfg):
     """encode_chunk of every chunk, in order, in as many processes as there are cores."""
     K = None
-    for chunk in chunks:                 # in this process, until a pair says how many responses there are
-        tokens, rows, counts = encode_chunk(chunk, cfg)
-        yield tokens, rows, counts
-        if len(rows):
-            K = rows['responses'].shape[1]
+    for chunk in chunks:                 # in this process until a pair says how many responses it has
+        result = encode_chunk(chunk, cfg)
+        yield result
+        if len(result[1]):
+            K = result[1]['responses'].shape[1]
             break
-    second = list(itertools.islice(chunks, 1))
-    if second:
+    for chunk in itertools.islice(chunks, 1):              # more than one: worth starting processes
         fork = multiprocessing.get_context('fork' if sys.platform == 'linux' else 'spawn')
-        with fork.Pool(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else None,
-                       initializer=ignore_interrupt) as pool:
+        with fork.Pool(len(os.sched_getaffinity(0)), initializer=leave_signals) as pool:
             work = functools.partial(encode_chunk, cfg=cfg, K=K)
-            yield from pool.imap(work, itertools.chain(second, chunks))
+            yield from pool.imap(work, itertools.chain([chunk], chunks))
 
 
-def ignore_interrupt():
-    """In a worker: Ctrl-C reaches all processes, and the first ends the others."""
-    import signal
+def leave_signals():
+    """In a worker: Ctrl-C reaches all processes; the first one acts on it and ends the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -448,43 +468,42 @@ def source_text(function):
         return f.read()
 
 
-def prepare(cfg):
-    """Tokenize cfg.dataset unless cached -> the folder. Raises InputError; a failure leaves nothing."""
-    if cfg.val_fraction < 0 or cfg.val_fraction > 1:
-        raise InputError(f'val_fraction: {cfg.val_fraction} is not between 0 and 1')
-    if not 1 <= cfg.max_prompt_length < cfg.max_length:
-        raise InputError(f'max_prompt_length: {cfg.max_prompt_length} leaves no room for a response in '
-                         f'max_length {cfg.max_length}')
+def check_data(cfg):
     for name, choices in dict(truncation=('cut', 'drop'), bad_records=('error', 'skip'),
                               template=('', 'chat')).items():
         if getattr(cfg, name) not in choices:
             raise InputError(f'{name}: {getattr(cfg, name)!r} is not one of {choices}')
-    settings = {name: getattr(cfg, name) for name in Data.__dataclass_fields__
-                if name not in ('convert', 'data_dir')}
+    if not 0 <= cfg.val_fraction <= 1:
+        raise InputError(f'val_fraction: {cfg.val_fraction} is not between 0 and 1')
+    if not 1 <= cfg.max_prompt_length < cfg.max_length:
+        raise InputError(f'max_prompt_length: {cfg.max_prompt_length} leaves no room for a response '
+                         f'in max_length {cfg.max_length}')
+
+
+def prepare(cfg):
+    """Tokenize cfg.dataset unless cached -> the folder. Raises InputError; a failure leaves nothing."""
+    check_data(cfg)
+    settings = {f.name: getattr(cfg, f.name) for f in fields(Data)
+                if f.name not in ('convert', 'data_dir')}
     settings['tokenizer'] = cfg.tokenizer or 'gpt2'
     tokenizer = get_tokenizer(settings['tokenizer'])
-    made_of = [settings, source_text(prepare)]
-    if cfg.convert is not None:
-        made_of.append(source_text(cfg.convert))
-    if os.path.isfile(cfg.dataset):
-        made_of.append([os.stat(cfg.dataset).st_size, os.stat(cfg.dataset).st_mtime_ns])
-    if os.path.isdir(settings['tokenizer']):
-        for file in ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja'):
-            path = os.path.join(settings['tokenizer'], file)
-            made_of.append(file_hash(path) if os.path.exists(path) else '')
+    made_of = [settings, source_text(prepare), cfg.convert and source_text(cfg.convert)]
+    made_of += [[os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in
+                [cfg.dataset, *sorted(glob.glob(os.path.join(settings['tokenizer'], '*token*'))),
+                 os.path.join(settings['tokenizer'], 'chat_template.jinja')] if os.path.isfile(path)]
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:8]
     stem = os.path.basename(cfg.dataset).split('.')[0].replace(':', '-')
     folder = os.path.join(cfg.data_dir, f'{stem}-{key}')
     if os.path.exists(os.path.join(folder, 'meta.json')):
         return folder
     stream = read_source(cfg.dataset, cfg.split)
-    stream = converted(stream, cfg.convert) if cfg.convert is not None else stream
+    stream = stream if cfg.convert is None else converted(stream, cfg.convert)
     print(f'preparing {cfg.dataset} -> {folder}', flush=True)
     part = f'{folder}.part-{os.getpid()}'
     try:
         os.makedirs(part)
         write_files(stream, part, settings, tokenizer)
-        if not os.path.exists(folder):                          # another process may have been faster
+        if not os.path.exists(folder):                     # another process may have been faster
             os.rename(part, folder)
     except OSError as e:
         raise InputError(f'{folder}: cannot be written ({first_line(e)})')
@@ -495,8 +514,8 @@ def prepare(cfg):
 
 def write_files(stream, folder, settings, tokenizer):
     counts, tables, total = Counter(), [], 0
-    path = os.path.join(folder, 'tokens.bin')
-    with open(path, 'wb') as f, tqdm(unit=' pairs', disable=None, leave=False) as bar:
+    with open(os.path.join(folder, 'tokens.bin'), 'wb') as f, tqdm(
+            unit=' pairs', disable=None, leave=False) as bar:
         for tokens, rows, more in in_parallel(chunks_of(stream), SimpleNamespace(**settings)):
             sizes = rows['prompt'] + rows['responses'].sum(1, dtype=np.int64)
             rows['start'] = total + np.cumsum(sizes) - sizes
@@ -506,8 +525,7 @@ def write_files(stream, folder, settings, tokenizer):
             counts.update(more)
             bar.update(more['read'])
     if not tables:
-        dropped = ''.join(f'; {n} {note}' for note, n in counts.items() if note.startswith('dropped'))
-        raise InputError(f'{settings["dataset"]}: no pair is left of {counts["read"]} records{dropped}')
+        raise InputError(f'{settings["dataset"]}: no pair is left of the records: {dict(counts)}')
     table = np.concatenate(tables)
     np.save(os.path.join(folder, 'pairs.npy'), table)
     hashes = [file_hash(os.path.join(folder, name)) for name in ('tokens.bin', 'pairs.npy')]
@@ -527,7 +545,8 @@ def report(table, counts, total):
     """What became of the records: read, kept, cut, dropped; and percentiles of the lengths."""
     val, K = int(table['val'].sum()), table['responses'].shape[1]
     lines = [f'{counts["read"]:>9,} records read',
-             f'{len(table):>9,} kept: {len(table) - val:,} to train on, {val:,} to validate, {total:,} tokens']
+             f'{len(table):>9,} kept: {len(table) - val:,} to train on, {val:,} to validate, '
+             f'{total:,} tokens']
     lines += [f'{n:>9,} {note}' for note, n in sorted(counts.items()) if note != 'read']
     percents = (0, 50, 90, 99, 100)
     lines.append(f'{"tokens":>9}  ' + ''.join(f'{f"{q}%":>7}' for q in percents))
@@ -540,8 +559,8 @@ def report(table, counts, total):
 
 
 class Pairs:
-    """Prepared data, mapped into memory. pairs[i] -> (prompt, [response, ...]), arrays of token ids.
-    `train` and `val` are the rows of each split."""
+    """Prepared data, mapped into memory. pairs[i] -> (prompt, [response, ...]), arrays of token
+    ids. `train` and `val` are the rows of each split."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -556,7 +575,8 @@ class Pairs:
     def __getitem__(self, i):
         row = self.table[i]
         ends = int(row['start']) + np.cumsum([row['prompt'], *row['responses']])
-        return self.tokens[int(row['start']):ends[0]], [self.tokens[a:b] for a, b in zip(ends, ends[1:])]
+        responses = [self.tokens[a:b] for a, b in zip(ends, ends[1:])]
+        return self.tokens[int(row['start']):ends[0]], responses
 
 
 # --------------------------------------------------------------------------------------------------
@@ -565,23 +585,20 @@ class Pairs:
 
 def show(cfg, n):
     """Print the first n records as training sees them: where a response begins, and what was cut."""
+    check_data(cfg)
     tokenizer = get_tokenizer(cfg.tokenizer or 'gpt2')
-    stream = read_source(cfg.dataset, cfg.split)
-    stream = converted(stream, cfg.convert) if cfg.convert is not None else stream
-    for where, raw in itertools.islice(stream, n):
+    for where, raw in itertools.islice(read_source(cfg.dataset, cfg.split), n):
         try:
-            prompt, responses, numbers, notes = read_record(parse(raw), cfg.template, cfg.label_from_scores)
-            ids, responses, more = tokenize(prompt, responses, tokenizer, cfg)
+            _, ids, responses, numbers, notes = encode_record(raw, tokenizer, cfg)
         except InputError as e:
-            print(f'--- {where}: an error, {e}')
+            print(f'--- {where}: an error: {e}')
             continue
-        set_numbers = [f'{name} = {x:g}' for name, x in numbers.items() if x != NUMBERS[name]]
-        print('; '.join([f'--- {where}', *set_numbers, *notes, *more]))
+        print('; '.join([f'--- {where}', *notes, *(f'{k} = {x:g}' for k, x in numbers.items())]))
         for k, r in enumerate(responses or []):
             name = ('chosen', 'rejected')[k] if len(responses) <= 2 else f'response {k + 1}'
             print(f'{name}: {tokenizer.decode(ids.tolist())!r} | {tokenizer.decode(r.tolist())!r}')
-            print(f'    {len(ids)} prompt tokens, no loss; {len(r)} response tokens, scored'
-                  + ('' if set(r.tolist()) & tokenizer.ends else '; cut, so no end of text'))
+            end = '' if set(r.tolist()) & tokenizer.ends else '; cut, so no end of text'
+            print(f'    {len(ids)} prompt tokens, no loss; {len(r)} response tokens, scored{end}')
 
 
 @dataclass

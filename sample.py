@@ -13,7 +13,7 @@ Left out: serving, beam search, streaming.
 """
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -42,7 +42,8 @@ class Cache:
     def append(self, k, v):                  # (G, T, D) packed, or (B, G, 1, D): one token a row
         packed = self.keys is None
         for cache, new in ((self.k, k), (self.v, v)):
-            cache[self.rows, :, self.positions] = (new.transpose(0, 1) if packed else new[:, :, 0]).to(cache.dtype)
+            new = new.transpose(0, 1) if packed else new[:, :, 0]        # (n, G, D)
+            cache[self.rows, :, self.positions] = new
         return (k, v) if packed else (self.k[:, :, :self.keys], self.v[:, :, :self.keys])
 
     def keep(self, rows):
@@ -53,10 +54,10 @@ class Cache:
 def generate(model, prompts, max_new_tokens, ends, temperature=1.0, top_k=0, top_p=1.0, seed=0):
     """Responses to `prompts`, lists of token ids of any lengths: a list of lists of new token ids.
 
-    A response stops at a token of the set `ends` (kept), after max_new_tokens, or where the context
-    is full. temperature 0 is greedy; top_k (0: off) and top_p (1: off) cut off the tail. Row i draws
-    its t-th token with the i-th of the seed's t-th uniform numbers, whatever the other rows do: two
-    models with one seed differ only where their distributions do.
+    A response stops at a token of the set `ends` (kept), after max_new_tokens, or where the
+    context is full. temperature 0 is greedy; top_k (0: off) and top_p (1: off) cut off the tail.
+    Row i draws its t-th token with the i-th of the seed's t-th uniform numbers, whatever the
+    other rows do: two models with one seed differ only where their distributions do.
     """
     context, device = model.config.block_size, model.device
     assert prompts and all(0 < len(p) < context for p in prompts), 'prompts must fit the context'
@@ -70,9 +71,10 @@ def generate(model, prompts, max_new_tokens, ends, temperature=1.0, top_k=0, top
     batch = pack([(p, [[0]]) for p in prompts]).to(device)
     for cache in caches:
         cache.place(batch.pair, batch.positions)
-    x = model.hidden(batch.tokens, batch.positions, pieces_mask(batch), caches)[batch.scored]    # (B, d)
-    last = torch.tensor([len(p) - 1 for p in prompts], device=device)    # position of each row's last token
-    rows = torch.arange(B, device=device)                                # which prompt a row answers
+    x = model.hidden(batch.tokens, batch.positions, pieces_mask(batch), caches)          # (T, d)
+    x = x[batch.scored]                                                                  # (B, d)
+    last = torch.tensor([len(p) - 1 for p in prompts], device=device)   # position of the last token
+    rows = torch.arange(B, device=device)                               # which prompt a row answers
     live = torch.ones(B, dtype=torch.bool, device=device)
     responses = [[] for _ in prompts]
     for _ in range(max_new_tokens):
@@ -82,11 +84,11 @@ def generate(model, prompts, max_new_tokens, ends, temperature=1.0, top_k=0, top
         for row, token, alive in zip(rows.tolist(), tokens.tolist(), live.tolist()):
             if alive:
                 responses[row].append(token)
-        last = last + live                                                      # finished rows stand still
+        last = last + live                              # finished rows stand still
         live = live & ~torch.isin(tokens, ends) & (last < context - 1)
         if not live.any():
             break
-        if live.sum() <= 0.75 * len(rows):                                      # ... and now and then leave
+        if live.sum() <= 0.75 * len(rows):              # ... and leave, when they are many
             rows, tokens, last = rows[live], tokens[live], last[live]
             for cache in caches:
                 cache.keep(live)
@@ -94,8 +96,9 @@ def generate(model, prompts, max_new_tokens, ends, temperature=1.0, top_k=0, top
         keys = int(last.max()) + 1
         for cache in caches:
             cache.place(torch.arange(len(rows), device=device), last, keys)
-        mask = bias_of(torch.arange(keys, device=device) <= last[:, None])[:, None, None]   # (rows, 1, 1, keys)
-        x = model.hidden(tokens[:, None], last[:, None], mask, caches)[:, 0]    # (rows, d)
+        mask = bias_of(torch.arange(keys, device=device) <= last[:, None])      # (rows, keys)
+        x = model.hidden(tokens[:, None], last[:, None], mask[:, None, None], caches)
+        x = x[:, 0]                                                             # (rows, d)
     return responses
 
 
@@ -111,7 +114,8 @@ def plain_generate(model, prompt, max_new_tokens, ends):
 
 
 def draw(logits, temperature, top_k, top_p, uniform):
-    """(B, V) logits and (B,) numbers in [0, 1) -> (B,) tokens, by inverting the cumulative distribution."""
+    """(B, V) logits and (B,) numbers in [0, 1) -> (B,) tokens, by inverting the cumulative
+    distribution."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     probs, order = (logits / temperature).softmax(dim=-1), None
@@ -119,11 +123,12 @@ def draw(logits, temperature, top_k, top_p, uniform):
         probs, order = probs.sort(dim=-1, descending=True)
         if top_k:
             probs[:, top_k:] = 0
-        if top_p < 1:     # the fewest tokens that reach top_p: drop those before which it is reached
+        if top_p < 1:     # the fewest tokens that reach top_p
             before = probs.cumsum(dim=-1) - probs
             probs[before >= top_p * probs.sum(dim=-1, keepdim=True)] = 0
     cumulative = probs.double().cumsum(dim=-1)
-    at = torch.searchsorted(cumulative, (uniform.double() * cumulative[:, -1])[:, None], right=True)
+    target = uniform.double()[:, None] * cumulative[:, -1:]
+    at = torch.searchsorted(cumulative, target, right=True)
     at = at.clamp(max=probs.size(-1) - 1)
     return (at if order is None else order.gather(1, at))[:, 0]
 
@@ -159,20 +164,19 @@ def encode_prompt(text, tokenizer, template=''):
     return [*tokenizer.begin, *tokenizer.encode(text).tolist()]
 
 
-def validation_prompts(name, limit):
+def validation_prompts(name):
     """The validation prompts of a run, as they were prepared -> lists of token ids."""
     path = find(name)
     if os.path.isdir(path):
-        raise InputError(f'prompts: val needs a run\'s folder, and {name} is none')
+        raise InputError(f"prompts: 'val' needs a run's folder, and {name} is none")
     config = load_checkpoint(path)['config']
-    data = Data(**{k: v for k, v in config.items() if k in Data.__dataclass_fields__ and k != 'convert'})
-    pairs = Pairs(config['prepared'] if os.path.isdir(config['prepared']) else prepare(data))
-    return [pairs[i][0].tolist() for i in pairs.val[:limit or None]]
+    pairs = Pairs(prepare(Data(**{f.name: config[f.name] for f in fields(Data)})))
+    return [pairs[i][0].tolist() for i in pairs.val]
 
 
 def read_prompts(o, name, tokenizer):
     if o.prompts == 'val':
-        return validation_prompts(name, o.limit)
+        return validation_prompts(name)[:o.limit or None]
     texts = [o.prompt.replace('\\n', '\n')] if o.prompt else []
     if o.prompts.endswith('.txt'):
         with open(o.prompts, encoding='utf-8') as f:
@@ -193,8 +197,8 @@ def complete(model, prompts, o, tokenizer):
         for i in range(0, len(prompts), o.batch_size):
             some = [p[-room:] for p in prompts[i:i + o.batch_size]]
             seed = o.seed + k * 1_000_003 + i
-            responses = generate(model, some, o.max_new_tokens, tokenizer.ends, o.temperature, o.top_k,
-                                 o.top_p, seed)
+            responses = generate(model, some, o.max_new_tokens, tokenizer.ends,
+                                 o.temperature, o.top_k, o.top_p, seed)
             for j, response in enumerate(responses):
                 completions[i + j].append(response)
     return completions
@@ -212,10 +216,11 @@ def chat(model, o, tokenizer):
     while text := input('> ').strip():
         turns.append(dict(role='user', content=text))
         ids = tokenizer.encode_turns(turns).tolist()[-room:]
-        tokens = generate(model, [ids], o.max_new_tokens, tokenizer.ends, o.temperature, o.top_k, o.top_p,
-                          o.seed + len(turns))[0]
-        turns.append(dict(role='assistant', content=text_and_end(tokens, tokenizer)[0].strip()))
-        print(turns[-1]['content'])
+        tokens = generate(model, [ids], o.max_new_tokens, tokenizer.ends,
+                          o.temperature, o.top_k, o.top_p, o.seed + len(turns))[0]
+        answer = text_and_end(tokens, tokenizer)[0].strip()
+        turns.append(dict(role='assistant', content=answer))
+        print(answer)
 
 
 def main(argv):
@@ -223,10 +228,11 @@ def main(argv):
         raise InputError('usage: python sample.py MODEL [--name=value ...]')
     o, names = configure(Options, argv[1:]), [argv[0]]
     names += [o.compare] if o.compare else []
-    limits = dict(n=(1, 1e9), max_new_tokens=(1, 1e9), batch_size=(1, 1e9), top_p=(1e-9, 1), temperature=(0, 1e9))
-    for name, (low, high) in limits.items():
-        if not low <= getattr(o, name) <= high:
-            raise InputError(f'{name}: {getattr(o, name)} is not between {low:g} and {high:g}')
+    for name, low in dict(n=1, max_new_tokens=1, batch_size=1, temperature=0, top_k=0, limit=0).items():
+        if getattr(o, name) < low:
+            raise InputError(f'{name}: {getattr(o, name)} is less than {low}')
+    if not 0 < o.top_p <= 1:
+        raise InputError(f'top_p: {o.top_p} is not above 0 and at most 1')
     if (o.prompt != '') + (o.prompts != '') + o.chat != 1:
         raise InputError('give one of --prompt, --prompts and --chat')
     tokenizer = get_tokenizer(o.tokenizer or tokenizer_of(names[0]))
@@ -234,15 +240,15 @@ def main(argv):
     models = [load(name).to(device) for name in names]
     for name, model in zip(names, models):
         if tokenizer.n_vocab > model.config.vocab_size:
-            raise InputError(f'tokenizer: {tokenizer.name} has {tokenizer.n_vocab} tokens, and {name} knows '
-                             f'{model.config.vocab_size}')
+            raise InputError(f'tokenizer: {tokenizer.name} has {tokenizer.n_vocab} tokens, and '
+                             f'{name} has {model.config.vocab_size}')
     if o.chat:
         return chat(models[0], o, tokenizer)
     prompts = read_prompts(o, names[0], tokenizer)
     if not prompts:
         raise InputError('prompts: there are none')
-    lines = []
-    for prompt, *each in zip(prompts, *(complete(model, prompts, o, tokenizer) for model in models)):
+    lines, answers = [], [complete(model, prompts, o, tokenizer) for model in models]
+    for prompt, *each in zip(prompts, *answers):
         text = tokenizer.decode(prompt)
         print(f'\n{text}')
         for name, completions in zip(names, each):
@@ -250,7 +256,8 @@ def main(argv):
                 response, ended = text_and_end(tokens, tokenizer)
                 label = f'[{name}] ' if len(names) > 1 else ''
                 print(f'  {label}{response.strip()}' + ('' if ended else ' ...'))
-                lines.append(dict(model=name, prompt=text, response=response, tokens=len(tokens), ended=ended))
+                lines.append(dict(model=name, prompt=text, response=response, tokens=len(tokens),
+                                  ended=ended))
     if o.out:
         with atomic_write(o.out) as f:
             f.writelines(json.dumps(line) + '\n' for line in lines)

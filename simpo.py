@@ -3,8 +3,8 @@ Objectives without a reference: pure functions of the log-probs and lengths of w
 
     python train.py config/simpo_demo.py --loss=simpo --gamma=1.0
 
-Each takes (B,) tensors, log pi(y|x) summed over a response's tokens and lengths in tokens, and returns
-(losses, chosen_rewards, rejected_rewards), each (B,), as in dpo.py.
+Each takes (B,) tensors, log pi(y|x) summed over a response's tokens and lengths in tokens, and
+returns (losses, chosen_rewards, rejected_rewards), each (B,), as in dpo.py.
 """
 import torch
 import torch.nn.functional as F
@@ -18,10 +18,11 @@ def simpo_loss(policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejec
 
         loss = -log sigma(beta/|y_w| log pi(y_w|x) - beta/|y_l| log pi(y_l|x) - gamma)
 
-    The reward is beta times the mean log-prob of a response's tokens. `gamma` is the target margin, in units
-    of reward (the paper searches 0.3 to 1.6). `label_smoothing` and `p` are as in dpo_loss and weigh the two
-    sides of z = r_w - r_l - gamma, as in the authors' code: the margin stays on chosen's side. `sft_weight`
-    weighs the mean negative log-likelihood of chosen (the paper's appendix).
+    The reward is beta times the mean log-prob of a response's tokens. `gamma` is the target
+    margin, in units of reward (the paper searches 0.3 to 1.6). `label_smoothing` and `p` are as
+    in dpo_loss and weigh the two sides of z = r_w - r_l - gamma, as in the authors' code: the
+    margin stays on chosen's side. `sft_weight` weighs the mean negative log-likelihood of chosen
+    (the paper's appendix).
     """
     chosen_rewards = beta * policy_chosen_logps / chosen_lengths
     rejected_rewards = beta * policy_rejected_logps / rejected_lengths
@@ -32,8 +33,8 @@ def simpo_loss(policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejec
 
 
 def cpo_loss(policy_chosen_logps, policy_rejected_logps, beta=0.1, sft_weight=1.0):
-    """Contrastive preference optimisation (Xu et al. 2024, arXiv:2401.08417, equation 5): DPO with a uniform
-    reference, anchored by the likelihood of chosen:
+    """Contrastive preference optimisation (Xu et al. 2024, arXiv:2401.08417, equation 5): DPO
+    with a uniform reference, anchored by the likelihood of chosen:
 
         loss = -log sigma(beta log pi(y_w|x) - beta log pi(y_l|x)) - sft_weight log pi(y_w|x)
     """
@@ -42,14 +43,16 @@ def cpo_loss(policy_chosen_logps, policy_rejected_logps, beta=0.1, sft_weight=1.
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
-def orpo_loss(policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths, beta=0.1):
+def orpo_loss(policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths,
+              beta=0.1):
     """Odds-ratio preference optimisation (Hong et al. 2024, arXiv:2403.07691, equations 6 and 7):
 
         loss = -log P(y_w) - beta log sigma(log odds(y_w) - log odds(y_l)),    odds = P / (1 - P)
 
     with log P(y) = 1/|y| log pi(y|x). beta is the paper's lambda.
     """
-    chosen, rejected = policy_chosen_logps / chosen_lengths, policy_rejected_logps / rejected_lengths
+    chosen = policy_chosen_logps / chosen_lengths
+    rejected = policy_rejected_logps / rejected_lengths
     # log(1 - P) = log(-expm1(log P)) keeps its digits near P = 1; at P = 1 it would be infinite
     c, r = chosen.clamp(max=-1e-7), rejected.clamp(max=-1e-7)
     log_odds_ratio = (c - r) - (torch.log(-torch.expm1(c)) - torch.log(-torch.expm1(r)))
@@ -64,24 +67,29 @@ def slic_loss(policy_chosen_logps, policy_rejected_logps, delta=1.0, sft_weight=
 
     The paper regularises towards the SFT target; here, as in SimPO's comparison, towards chosen.
     """
-    losses = F.relu(delta - policy_chosen_logps + policy_rejected_logps) - sft_weight * policy_chosen_logps
+    hinge = F.relu(delta - policy_chosen_logps + policy_rejected_logps)
+    losses = hinge - sft_weight * policy_chosen_logps
     return losses, policy_chosen_logps.detach(), policy_rejected_logps.detach()
 
 
-def rrhf_loss(policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths, sft_weight=1.0):
-    """Rank responses to align human feedback (Yuan et al. 2023, arXiv:2304.05302, equations 2-4), on pairs:
+def rrhf_loss(policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths,
+              sft_weight=1.0):
+    """Rank responses to align human feedback (Yuan et al. 2023, arXiv:2304.05302, equations 2-4),
+    on pairs:
 
         loss = max(0, 1/|y_l| log pi(y_l|x) - 1/|y_w| log pi(y_w|x)) - sft_weight log pi(y_w|x)
     """
-    chosen, rejected = policy_chosen_logps / chosen_lengths, policy_rejected_logps / rejected_lengths
+    chosen = policy_chosen_logps / chosen_lengths
+    rejected = policy_rejected_logps / rejected_lengths
     losses = F.relu(rejected - chosen) - sft_weight * policy_chosen_logps
     return losses, chosen.detach(), rejected.detach()
 
 
 def sft_loss(policy_chosen_logps):
-    """Supervised fine-tuning on chosen: loss = -log pi(y_w|x), in nats per response. No rewards: None.
+    """Supervised fine-tuning on chosen: loss = -log pi(y_w|x), in nats per response. No rewards:
+    None.
 
-    A sum over tokens, not a mean: with a mean, tokens of short responses weigh more, and the model learns to
-    end too soon.
+    A sum over tokens, not a mean: with a mean, tokens of short responses weigh more, and the
+    model learns to end too soon.
     """
     return -policy_chosen_logps, None, None

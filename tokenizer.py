@@ -1,14 +1,15 @@
 """
-Text to token ids, and chats to text: tiktoken's encodings, or a model's own tokenizer and template.
+Text to token ids, and chats to text: tiktoken's encodings, or a model's own tokenizer and
+template.
 
     tokenizer = get_tokenizer('gpt2')        # a name of tiktoken's; or 'byte', built in
-    tokenizer = get_tokenizer('my-model')    # a folder with tokenizer.json, as transformers saves it
+    tokenizer = get_tokenizer('my-model')    # a folder with tokenizer.json
     tokenizer.encode('text')                 # (n,) ids
-    tokenizer.encode_turns([dict(role='user', content='Hi')])    # ids, up to the answer's first token
+    tokenizer.encode_turns([dict(role='user', content='Hi')])    # ids of a prompt
 
-A chat is written by the model's own template; without one, as \\n\\nHuman: ... \\n\\nAssistant: ...
-Text inside a message that spells a special token is encoded as text, never as the token.
-Left out: training a tokenizer, tools and documents in templates.
+A chat is written by the model's own template; without one, as \\n\\nHuman: ... \\n\\nAssistant:
+... Text inside a message that spells a special token is encoded as text, never as the token. Left
+out: training a tokenizer, tools and documents in templates.
 """
 import functools
 import os
@@ -36,7 +37,8 @@ class Tokenizer:
     def __init__(self, name, encoding=None):
         self.name, self.encoding = name, encoding
         if encoding is not None:
-            self.n_vocab, self.eot, self.ends = encoding.n_vocab, encoding.eot_token, {encoding.eot_token}
+            self.n_vocab, self.eot = encoding.n_vocab, encoding.eot_token
+            self.ends = {self.eot}
             return
         import tokenizers                # slow to load; gpt2 and byte do without it
         try:
@@ -45,18 +47,20 @@ class Tokenizer:
             raise InputError(f'{name}/tokenizer.json: not a tokenizer ({first_line(e)})')
         config, generation = (read_json(os.path.join(name, f'{file}.json'), missing={})
                               for file in ('tokenizer_config', 'generation_config'))
-        words = {key: word['content'] if isinstance(word, dict) else word for key, word in config.items()
+        words = {key: word['content'] if isinstance(word, dict) else word
+                 for key, word in config.items()
                  if re.fullmatch('(bos|eos|unk|pad)_token', key) and word}
         ends = generation.get('eos_token_id', [])
         ends = ends if isinstance(ends, list) else [ends]
         eos = self.hf.token_to_id(words.get('eos_token', ''))
         if eos is None and not ends:
-            raise InputError(f'{name}: tokenizer_config.json names no eos_token, so nothing ends a response')
+            raise InputError(f'{name}: tokenizer_config.json has no eos_token')
         self.n_vocab, self.eot = self.hf.get_vocab_size(), ends[0] if eos is None else eos
         self.ends = {self.eot, *ends}
         self.bos = self.hf.token_to_id(words.get('bos_token', ''))
         self.begin = self.hf.encode('').ids[:1]
-        self.special = {t.content: i for i, t in self.hf.get_added_tokens_decoder().items() if t.special}
+        added = self.hf.get_added_tokens_decoder().items()
+        self.special = {t.content: i for i, t in added if t.special}
         longest_first = sorted(self.special, key=len, reverse=True)
         self.special_words = re.compile('|'.join(map(re.escape, longest_first)) or '(?!)')
         jinja = os.path.join(name, 'chat_template.jinja')
@@ -66,8 +70,8 @@ class Tokenizer:
                 source = f.read()
         if source:
             self.template = compile_template(source, name, words)
-            turn = self.render([dict(role='user', content='a'), dict(role='assistant', content='b')])
-            closing = self.encode_rendered(turn.rpartition('b')[2]).tolist()
+            chat = [dict(role='user', content='a'), dict(role='assistant', content='b')]
+            closing = self.encode_rendered(self.render(chat).rpartition('b')[2]).tolist()
             self.ends |= set([i for i in closing if i in self.special.values()][:1])
 
     def encode(self, text):
@@ -91,7 +95,7 @@ class Tokenizer:
         try:
             return self.template.render(messages=marked, add_generation_prompt=opening)
         except Exception as e:           # the template's raise_exception, or a mistake in it
-            raise InputError(f'the chat template of {self.name} refuses this chat ({first_line(e)})')
+            raise InputError(f'the chat template of {self.name} fails ({first_line(e)})')
 
     def encode_turns(self, messages):
         """Messages -> ids, up to where the assistant's answer begins."""
@@ -100,7 +104,8 @@ class Tokenizer:
         return self.encode(plain_chat(messages) + ASSISTANT)
 
     def encode_rendered(self, text):
-        """Text of the template -> (n,) ids: its special tokens are tokens, those of messages are text."""
+        """Text of the template -> (n,) ids: its special tokens are tokens, those of messages are
+        text."""
         if MARK in text:
             parts = re.split(f'({self.special_words.pattern})', text)
             return np.concatenate([
@@ -137,8 +142,8 @@ def compile_template(source, name, words):
 
 @functools.cache
 def get_tokenizer(name):
-    """'byte' (256 bytes and the end of text, built in), a name of tiktoken's, or a folder of a model's
-    (tokenizer.json, and optionally tokenizer_config.json, chat_template.jinja)."""
+    """'byte' (256 bytes and the end of text, built in), a name of tiktoken's, or a folder of a
+    model's (tokenizer.json, and optionally tokenizer_config.json, chat_template.jinja)."""
     if name == 'byte':
         return Tokenizer(name, tiktoken.Encoding(
             'byte', pat_str=r'[\s\S]{1,400}', special_tokens={END: 256},
@@ -146,10 +151,10 @@ def get_tokenizer(name):
     if os.path.isdir(name):
         return Tokenizer(name)
     if name not in tiktoken.list_encoding_names():
-        raise InputError(f'tokenizer: {name!r} is neither byte, nor a folder with tokenizer.json, nor one '
-                         f'of {", ".join(tiktoken.list_encoding_names())}')
+        raise InputError(f'tokenizer: {name!r} is no folder with tokenizer.json, nor byte, '
+                         + ', '.join(tiktoken.list_encoding_names()))
     try:
         return Tokenizer(name, tiktoken.get_encoding(name))
     except Exception as e:    # whatever the download raised
-        raise InputError(f'tokenizer: the tables of {name!r} cannot be downloaded ({first_line(e)}); '
-                         'TIKTOKEN_CACHE_DIR may name a folder that has them')
+        raise InputError(f'tokenizer: {name!r} cannot be downloaded ({first_line(e)}); '
+                         'TIKTOKEN_CACHE_DIR may name a folder that has its tables')

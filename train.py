@@ -1,7 +1,7 @@
 """
 Train a GPT on preferences: python train.py CONFIG [--name=value ...]
 
-    python train.py config/dpo_demo.py                                   # no download, a CPU will do
+    python train.py config/dpo_demo.py                                   # no download, no GPU
     python train.py config/dpo_gpt2.py --dataset=pairs.jsonl --beta=0.2  # your pairs
     python train.py config/dpo_gpt2.py --resume                          # continue where it stopped
     python train.py config/dpo_gpt2.py --eval_only                       # evaluate: eval.jsonl
@@ -209,15 +209,16 @@ def permutation(n, seed, epoch):
 
 
 def step_rows(step, rows, cfg, steps=1):
-    """The pairs of a step, or of several: a slice of the epochs' permutations of `rows`, end to end.
-    A function of the step's number, so there is no state to resume."""
+    """The pairs of a step, or of several: a slice of the epochs' permutations of `rows`, end to
+    end. A function of the step's number, so there is no state to resume."""
     n, at = len(rows), np.arange(step * cfg.batch_size, (step + steps) * cfg.batch_size)
     epochs = range(int(at[0]) // n, int(at[-1]) // n + 1)
     return rows[np.concatenate([permutation(n, cfg.seed, e)[at[at // n == e] % n] for e in epochs])]
 
 
 def micro_batches(sizes, limit):
-    """Sizes in tokens -> lists of indices, at most `limit` tokens each: first fit, longest first."""
+    """Sizes in tokens -> lists of indices, at most `limit` tokens each: first fit, longest
+    first."""
     bins = []                                              # [tokens, indices]
     for i in np.argsort(-np.asarray(sizes), kind='stable').tolist():
         b = next((b for b in bins if b[0] + sizes[i] <= limit), None)
@@ -229,7 +230,8 @@ def micro_batches(sizes, limit):
 
 
 def batches(pairs, rows, K, cfg):
-    """The pairs at `rows`, with their first K responses, as packed batches: yields (rows, Batch)."""
+    """The pairs at `rows`, with their first K responses, as packed batches: yields (rows,
+    Batch)."""
     drawn = [(prompt, responses[:K]) for prompt, responses in (pairs[i] for i in rows)]
     sizes = [len(prompt) + sum(map(len, responses)) for prompt, responses in drawn]
     static = cfg.compile and cfg.device == 'cuda'          # one of four sizes, each compiled once
@@ -246,8 +248,9 @@ def numbers_of(pairs, rows, device='cpu'):
 
 
 def apply_loss(cfg, logps, reference_logps, lengths, numbers):
-    """The objective, on what its signature names of: (B, K) log-probs of the policy, of the reference
-    (or None), (B, K) lengths, (B,) numbers. -> (losses, chosen_rewards, rejected_rewards), (B,) each
+    """The objective, on what its signature names of: (B, K) log-probs of the policy, of the
+    reference (or None), (B, K) lengths, (B,) numbers. -> (losses, chosen_rewards,
+    rejected_rewards), (B,) each
     """
     supplied = dict(numbers)
     for name, x in (('policy_{}logps', logps), ('reference_{}logps', reference_logps),
@@ -293,7 +296,7 @@ def cached_logps(model, fingerprint, pairs, rows, cfg):
         return np.concatenate([np.arange(start[i], start[i] + lengths[i]) for i in rows])
 
     if RANK == 0 and not os.path.exists(path):
-        with atomic_write(path, 'wb') as f:    # preallocate: a full disk at an mmap write is a SIGBUS
+        with atomic_write(path, 'wb') as f:    # preallocate: no SIGBUS at an mmap write later
             for n in lengths:
                 f.write(np.full(n, np.nan, np.float32))
     if WORLD > 1:
@@ -315,8 +318,8 @@ def cached_logps(model, fingerprint, pairs, rows, cfg):
 
 
 def make_reference(model, pairs, rows, cfg):
-    """-> the reference as such a function, None where the objective asks for none; the frozen model,
-    None where it need not stay in memory; a hash of its weights."""
+    """-> the reference as such a function, None where the objective asks for none; the frozen
+    model, None where it need not stay in memory; a hash of its weights."""
     if not asks_for(cfg, 'reference'):
         compile_model(model, cfg)
         return None, None, ''
@@ -342,8 +345,8 @@ def compile_model(model, cfg):
 
 
 def check_same(logps, reference_logps, cfg):
-    """While the policy still is the reference, both must say the same: an edit of the code that only
-    one of them went through shows here."""
+    """While the policy still is the reference, both must say the same: an edit of the code that
+    only one of them went through shows here."""
     bf16 = cfg.dtype == 'bfloat16'
     if not torch.allclose(logps, reference_logps, rtol=0.02 if bf16 else 1e-3,
                           atol=0.5 if bf16 else 1e-3):
@@ -381,8 +384,8 @@ def progress(what, total):
 
 @torch.no_grad()
 def evaluate(policy, reference, pairs, rows, cfg, path=None):
-    """Metrics of the pairs at `rows`, sorted; `policy` and `reference` are functions (rows, batch) ->
-    (N,). With a path, also a line for each pair in that file."""
+    """Metrics of the pairs at `rows`, sorted; `policy` and `reference` are functions (rows,
+    batch) -> (N,). With a path, also a line for each pair in that file."""
     n, K, mine = len(rows), pairs.K, rows[RANK::WORLD]
     sums = torch.zeros(2, n, K, device=cfg.device)         # log-probs of policy and reference
     with progress('evaluating', len(mine)) as bar:
@@ -420,14 +423,16 @@ def evaluate(policy, reference, pairs, rows, cfg, path=None):
 
 @torch.no_grad()
 def sample_validation(model, frozen, pairs, tokenizer, cfg):
-    """The policy's responses to cfg.eval_samples validation prompts, into samples.jsonl -> their mean
-    length; with a live reference also KL(pi||pi_ref), the mean of log pi/pi_ref over them, in nats."""
+    """The policy's responses to cfg.eval_samples validation prompts, into samples.jsonl -> their
+    mean length; with a live reference also KL(pi||pi_ref), the mean of log pi/pi_ref over them,
+    in nats."""
     prompts = [pairs[i][0].tolist() for i in pairs.val[:cfg.eval_samples]]
     room = cfg.max_length - max(map(len, prompts))
     responses = generate(model, prompts, room, tokenizer.ends, seed=cfg.seed)
     with atomic_write(os.path.join(cfg.out_dir, 'samples.jsonl')) as f:
         for p, r in zip(prompts, responses):
-            f.write(json.dumps(dict(prompt=tokenizer.decode(p), response=tokenizer.decode(r))) + '\n')
+            texts = dict(prompt=tokenizer.decode(p), response=tokenizer.decode(r))
+            f.write(json.dumps(texts) + '\n')
     metrics = {'eval/length': float(np.mean([len(r) for r in responses]))}
     if frozen is not None:
         batch = pack([(p, [r]) for p, r in zip(prompts, responses)]).to(cfg.device)
@@ -525,7 +530,8 @@ def learning_rate(step, cfg):
 
 
 def load_run(cfg):
-    """The policy at its start, its tokenizer and the prepared pairs, checked against each other."""
+    """The policy at its start, its tokenizer and the prepared pairs, checked against each
+    other."""
     if isinstance(cfg.init_from, dict):
         cfg.tokenizer = cfg.tokenizer or 'gpt2'
         torch.manual_seed(cfg.seed)
@@ -554,7 +560,8 @@ def make_optimizer(model, cfg):
     """AdamW; weight decay for matrices only."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=vectors, weight_decay=0)]
+    groups = [dict(params=matrices, weight_decay=cfg.weight_decay),
+              dict(params=vectors, weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
 
 
@@ -563,8 +570,8 @@ def check_finite(step, loss, grad_norm, losses_of, pairs):
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         bad = [rows[~losses.isfinite().cpu().numpy()] for rows, losses in losses_of]
         bad = np.concatenate(bad if any(map(len, bad)) else [rows for rows, _ in losses_of])
-        raise InputError(f'step {step}: loss {loss}, gradient norm {grad_norm}; no update was applied, '
-                         'ckpt.pt is the last good checkpoint; pairs (numbers in the source): '
+        raise InputError(f'step {step}: loss {loss}, gradient norm {grad_norm}; no update was '
+                         'applied, ckpt.pt is good; pairs (numbers in the source): '
                          f'{pairs.table["id"][bad].tolist()}')
 
 
@@ -619,8 +626,9 @@ def train(cfg):
     if not cfg.resume and RANK == 0:
         copy_tokenizer(cfg.tokenizer, cfg.out_dir)
         write_log(**header(cfg, fingerprint, pairs))
-    say(f'{sum(p.numel() for p in model.parameters()):,} parameters; {len(pairs.train):,} pairs to train '
-        f'on, {len(pairs.val):,} to validate; {cfg.max_iters} steps of {cfg.batch_size} pairs on '
+    size = sum(p.numel() for p in model.parameters())
+    say(f'{size:,} parameters; {len(pairs.train):,} pairs to train on, {len(pairs.val):,} to '
+        f'validate; {cfg.max_iters} steps of {cfg.batch_size} pairs on '
         f'{cfg.device} in {cfg.dtype}; loss {plain_settings(cfg)["loss"]} {cfg.options or ""}')
     K = pairs.K if compares(cfg) else 1
     stop = []                                              # signals: finish the step, save, leave
@@ -700,8 +708,9 @@ def train(cfg):
             say(f'first step after {time.perf_counter() - started:.1f} s')
         if step % cfg.log_interval == 0:
             seconds = time.perf_counter() - since
-            write_log(step=step, **metric_means(sums, cfg.batch_size, K), grad_norm=grad_norm, lr=lr,
-                      pairs_per_s=pairs_since / seconds, tokens_per_s=tokens_since / seconds)
+            write_log(step=step, **metric_means(sums, cfg.batch_size, K),
+                      grad_norm=grad_norm, lr=lr, pairs_per_s=pairs_since / seconds,
+                      tokens_per_s=tokens_since / seconds)
             bar.set_postfix(loss=f'{loss:.3f}')
             since, pairs_since, tokens_since = time.perf_counter(), 0, 0
 

@@ -5,8 +5,8 @@ Models in and out: the hub, folders of transformers, a run's checkpoint.
     model = load('out/dpo_demo')               # a run: its ckpt.pt; out/dpo_demo/best.pt works, too
     python weights.py out/dpo_gpt2 my-model    # any of these -> a folder that transformers loads
 
-Families: gpt2, llama (SmolLM, too), mistral, qwen2, qwen3. Files are only read, no code in them is run.
-Left out: quantised weights, adapters, sliding windows, rope scaling other than Llama 3's.
+Families: gpt2, llama (SmolLM, too), mistral, qwen2, qwen3. Files are only read, no code in them
+is run. Left out: quantised weights, adapters, sliding windows, rope scaling other than Llama 3's.
 """
 import contextlib
 import json
@@ -47,6 +47,7 @@ LLAMA_KEYS = dict(block_size='max_position_embeddings', vocab_size='vocab_size',
                   n_layer='num_hidden_layers', n_head='num_attention_heads', n_embd='hidden_size',
                   n_kv_head='num_key_value_heads', head_dim='head_dim', n_inner='intermediate_size',
                   norm_eps='rms_norm_eps', tied='tie_word_embeddings')
+ROPE_KEYS = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
 OPTIONAL = ('n_inner', 'n_kv_head', 'head_dim', 'norm_eps', 'tied')    # config.json may lack these
 
 
@@ -55,7 +56,8 @@ OPTIONAL = ('n_inner', 'n_kv_head', 'head_dim', 'norm_eps', 'tied')    # config.
 
 
 def find(name):
-    """A model's name -> a path: a checkpoint file, a run's ckpt.pt, or a folder with config.json."""
+    """A model's name -> a path: a checkpoint file, a run's ckpt.pt, or a folder with
+    config.json."""
     if os.path.isfile(name):
         return name
     for file, path in (('ckpt.pt', os.path.join(name, 'ckpt.pt')), ('config.json', name)):
@@ -70,14 +72,15 @@ def find(name):
         if not any(file.endswith('.safetensors') for file in os.listdir(folder)):
             folder = snapshot_download(name, allow_patterns=[*wanted, 'pytorch_model*'])
         return folder
-    except Exception as e:    # no network, no such name, no permission: errors without a common class
+    except Exception as e:    # no network, no such name, no permission: they share no class
         raise InputError(f'{name}: no such file or folder, and not from the hub ({first_line(e)})')
 
 
 def load(name, model_class=GPT):
     """A GPT, float32, on the CPU, from a hub name, a folder with config.json, a run's folder or a
-    checkpoint file. A parameter that only `model_class` has keeps its initial value where the file
-    lacks it. Raises InputError, one line, where a model is missing, damaged or not one we compute."""
+    checkpoint file. A parameter that only `model_class` has keeps its initial value where the
+    file lacks it. Raises InputError, one line, where a model is missing, damaged or not one we
+    compute."""
     path = find(name)
     if os.path.isdir(path):
         config, tensors = read_config(path), read_tensors(path)
@@ -114,7 +117,8 @@ def load(name, model_class=GPT):
 
 
 def their_names(ours, config):
-    """Our parameter's name -> (the names transformers has for its parts; is the matrix transposed)"""
+    """Our parameter's name -> (the names transformers has for its parts; is the matrix
+    transposed)"""
     table = GPT2_NAMES if config.model_type == 'gpt2' else LLAMA_NAMES
     *block, part, kind = ours.split('.')
     prefix = table['block'].format(block[1]) if block else ''
@@ -152,11 +156,10 @@ def config_of(theirs, path):
         rope = theirs.get('rope_parameters') or theirs.get('rope_scaling') or {}
         kind = rope.get('rope_type', rope.get('type', 'default'))
         if kind not in ('default', 'llama3'):
-            raise InputError(f"{path}: rope scaling {kind!r}; only 'default' and 'llama3' are supported")
-        keys = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
+            raise InputError(f'{path}: rope scaling {kind!r}; supported are default and llama3')
         settings = dict(norm='rms', norm_eps=1e-6, gated=True, tied=False) | settings | dict(
             rope_theta=float(rope.get('rope_theta', theirs.get('rope_theta', 10000.0))),
-            rope_scaling=tuple(rope[key] for key in keys) if kind == 'llama3' else ())
+            rope_scaling=tuple(rope[key] for key in ROPE_KEYS) if kind == 'llama3' else ())
     try:
         return GPTConfig(**settings, **FAMILIES[family][1], model_type=family)
     except TypeError as e:
@@ -164,7 +167,8 @@ def config_of(theirs, path):
 
 
 def read_tensors(folder):
-    """All tensors of a folder by name, without the model's prefix: one file, or an index of shards."""
+    """All tensors of a folder by name, without the model's prefix: one file, or an index of
+    shards."""
     for name, read in (('model.safetensors', load_file), ('pytorch_model.bin', torch_load)):
         single, index = os.path.join(folder, name), os.path.join(folder, name + '.index.json')
         if os.path.exists(single):
@@ -191,18 +195,21 @@ def torch_load(path):
 
 
 def load_checkpoint(path):
-    """What train.py saved: model, model_config, config, step, ... Raises InputError where damaged."""
+    """What train.py saved: model, model_config, config, step, ... Raises InputError where
+    damaged."""
     try:
         checkpoint = torch_load(path)
     except Exception as e:    # torch has many errors for bytes that are no checkpoint
         raise InputError(f'{path}: not a whole checkpoint ({first_line(e)})')
-    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= {'model', 'model_config', 'config'}:
+    needed = {'model', 'model_config', 'config'}
+    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= needed:
         raise InputError(f'{path}: not a checkpoint of train.py')
     return checkpoint
 
 
 def tokenizer_of(name):
-    """The tokenizer that a model was trained with, for prepare.get_tokenizer: a folder or a name."""
+    """The tokenizer that a model was trained with, for prepare.get_tokenizer: a folder or a
+    name."""
     path = find(name)
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     if os.path.exists(os.path.join(folder, 'tokenizer.json')):
@@ -233,13 +240,13 @@ def save(model, folder, tokenizer=None):
             name = name if name.startswith('lm_head') else prefix + name
             tensors[name] = part.clone().contiguous()
     keys = GPT2_KEYS if c.model_type == 'gpt2' else LLAMA_KEYS
-    config = dict(model_type=c.model_type, architectures=[FAMILIES[c.model_type][0]], torch_dtype='float32')
+    config = dict(model_type=c.model_type, architectures=[FAMILIES[c.model_type][0]],
+                  torch_dtype='float32')
     config |= {key: getattr(c, ours) for ours, key in keys.items()}
     if c.model_type == 'gpt2':
         config |= dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     else:
-        names = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
-        scaling = dict(rope_type='llama3', **dict(zip(names, c.rope_scaling)))
+        scaling = dict(zip(ROPE_KEYS, c.rope_scaling), rope_type='llama3')
         config |= dict(rope_theta=c.rope_theta, rope_scaling=scaling if c.rope_scaling else None,
                        sliding_window=None, hidden_act='silu')
     config |= dict(bos_token_id=None, eos_token_id=None)
@@ -266,7 +273,8 @@ def model_card(checkpoint):
     config = checkpoint['config']
     lines = [f'# {os.path.basename(config["out_dir"])}', '',
              f'{config["init_from"]}, trained with nanoPref: loss {config["loss"]}, data '
-             f'{config["dataset"]}, {checkpoint.get("step", 0)} steps.', '', '| setting | value |', '|---|---|']
+             f'{config["dataset"]}, {checkpoint.get("step", 0)} steps.', '',
+             '| setting | value |', '|---|---|']
     lines += [f'| {name} | {value} |' for name, value in config.items() if value not in ('', None)]
     if checkpoint.get('metrics'):
         lines += ['', '| metric | value |', '|---|---|']

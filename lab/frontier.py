@@ -1,0 +1,236 @@
+"""
+Experiments in the built-in world (lab/films.py): many short runs, each placed beside the optimum.
+
+    python -m lab.frontier frontier     # every objective, on the plane of gold reward and KL
+    python -m lab.frontier frontier --only="dpo beta=1" --seeds=1        # one point of it
+    python -m lab.frontier betas        # DPO from a weak to a strong KL constraint
+    python -m lab.frontier pairs        # how much of the optimum's gain 1,000 to 30,000 pairs reach
+    python -m lab.frontier sft          # DPO beside SFT on the chosen responses, step by step
+
+Each run is a line of results.jsonl in the experiment's folder. A run that has its line there is not
+repeated, so an interrupted experiment continues. lab/plot.py draws the pictures.
+Left out: a search of learning rates, several GPUs.
+"""
+import contextlib
+import functools
+import json
+import multiprocessing
+import os
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import train
+from configurator import InputError, configure, run
+from lab import films, optimum, plot
+from prepare import ignore_interrupt
+from weights import load
+
+# config/dpo_demo.py without its objective
+DEMO = dict(tokenizer='byte', max_length=112, max_prompt_length=48, val_fraction=0.05, batch_size=32,
+            learning_rate=1e-4, warmup_iters=10, epochs=1.0, beta2=0.99, compile=False)
+
+FRONTIER = [('dpo', dict(beta=beta)) for beta in (0.3, 0.5, 1.0, 2.0, 4.0)]
+FRONTIER += [('simpo', dict(beta=beta, gamma=gamma, learning_rate=rate)) for beta, gamma, rate in (
+    (2.0, 0.5, 1e-5), (2.0, 1.5, 1e-5), (5.0, 0.5, 1e-5), (10.0, 0.5, 1e-5), (2.0, 0.5, 3e-5),
+    (2.0, 0.5, 1e-4))]
+FRONTIER += [('sft', {}), ('robust_dpo', dict(beta=1.0, label_smoothing=0.1)), ('ipo', dict(beta=0.3)),
+             ('rdpo', dict(beta=1.0, alpha=0.02)), ('kto', dict(beta=1.0)),
+             ('dpo', dict(beta=1.0, label_smoothing=0.1)), ('orpo', dict(beta=1.0, learning_rate=1e-5)),
+             ('cpo', dict(beta=0.3, sft_weight=0.1, learning_rate=1e-5)),
+             ('slic', dict(delta=2.0, sft_weight=0.1, learning_rate=1e-5)),
+             ('rrhf', dict(sft_weight=0.1, learning_rate=1e-5))]
+
+
+@dataclass
+class Common:
+    out: str = ''        # the experiment's folder; empty: out/ and its name
+    pairs: int = 0       # per run; 0: the experiment's own number
+    max_iters: int = 0   # steps of a run; 0: one epoch
+
+
+@dataclass
+class Options(Common):
+    only: str = ''       # a setting's name, such as "dpo beta=1", or a part of several names
+    seeds: int = 2       # runs of each setting
+    samples: int = 128   # responses of a policy to each of 32 prompts
+
+
+# --------------------------------------------------------------------------------------------------
+# Jobs: what is run, and what is left to run
+
+
+def title(loss, options):
+    values = (f'{name.replace("learning_rate", "rate")}={x:g}' for name, x in options.items())
+    return ' '.join([loss, *values])
+
+
+def select(only, names):
+    """--only: the setting of that very name, else all whose name contains it."""
+    found = [name for name in names if name == only] or [name for name in names if only in name]
+    if not found:
+        raise InputError(f'only: {only!r} is in none of {", ".join(names)}')
+    return found
+
+
+def unfinished(jobs, out):
+    """The jobs without a line in results.jsonl. Raises InputError where a job's line is from other
+    settings or from another base model."""
+    path = os.path.join(out, 'results.jsonl')
+    lines = plot.read_jsonl(path) if os.path.exists(path) else []
+    results = {(line['name'], line['seed']): line for line in lines}
+    for job in jobs:
+        line = results.get((job['name'], job['seed']), job)
+        for key, value in job.items():
+            if line.get(key) != value:
+                raise InputError(f'{path}: {job["name"]!r} has {key} = {line.get(key)!r} there, and '
+                                 f'{value!r} here; --out=... names another folder')
+    return [job for job in jobs if (job['name'], job['seed']) not in results]
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs
+
+
+def config_of(settings):
+    """Settings by name -> train.Config, checked as those of the command line."""
+    return train.load_config([f'--{name}={value}' for name, value in settings.items()])
+
+
+def run_folder(out):
+    """Where a process trains its policies, one after the other."""
+    return os.path.join(out, f'run-{os.getpid()}')
+
+
+def run_job(job, settings, rewards, out, world=films.FILMS):
+    """Train one policy and place it beside the optimum -> its line of results."""
+    started, folder = time.perf_counter(), run_folder(out)
+    same = {name: job[name] for name in ('loss', 'seed', 'max_iters', 'dataset')}
+    cfg = config_of(settings | job['options'] | same | dict(
+        out_dir=folder, overwrite=True, eval_interval=10**9))     # evaluate at both ends only
+    with open(os.path.join(out, f'log-{os.getpid()}.txt'), 'a') as log, \
+            contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        train.train(cfg)
+    policy, reference = (load(name).to(cfg.device) for name in (folder, cfg.init_from))
+    figures = optimum.place(policy, reference, rewards, world, job['samples'])
+    return job | figures | dict(seconds=time.perf_counter() - started)
+
+
+def keep_result(line, out):
+    with open(os.path.join(out, 'results.jsonl'), 'a') as f:
+        f.write(json.dumps(line) + '\n')
+    print('{name:32} seed {seed}  reward {reward:+.3f} +- {reward_error:.3f}  KL {kl:6.3f} +- '
+          '{kl_error:.3f}  share {share:6.1%} +- {share_error:.1%}  {seconds:4.0f} s'.format(**line),
+          flush=True)
+
+
+def keep_optima(rewards, out):
+    """The curve of the optima, for lab/plot.py."""
+    with open(os.path.join(out, 'optimum.jsonl'), 'w') as f:
+        for beta in np.geomspace(0.3, 30, 40):
+            figures = map(float, (beta, *optimum.tilted(rewards, beta)))
+            f.write(json.dumps(dict(zip(('beta', 'reward', 'kl', 'effective_samples'), figures))) + '\n')
+
+
+def start_worker():
+    torch.set_num_threads(1)             # these models are too small for two
+    ignore_interrupt()
+
+
+def experiment(name, settings, o):
+    """Run [(name, loss, options, number of pairs), ...], each with o.seeds seeds -> the folder of the
+    results. The seed is that of the pairs, their labels and their order. As many processes as cores."""
+    out, base = o.out or os.path.join('out', name), films.base_model()
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    reference = load(base).to(device)
+    names = select(o.only, [name for name, *_ in settings])
+    jobs = unfinished([
+        dict(name=name, loss=loss, options=options, pairs=n, seed=seed, max_iters=o.max_iters,
+             samples=o.samples, reference=train.fingerprint_of(reference))
+        for seed in range(o.seeds) for name, loss, options, n in settings if name in names], out)
+    if not jobs:
+        return out
+    os.makedirs(out, exist_ok=True)
+    rewards = optimum.reference_rewards(reference, films.FILMS)
+    keep_optima(rewards, out)
+    workers = 1 if device == 'cuda' else min(len(jobs), os.cpu_count())
+    with multiprocessing.get_context('spawn').Pool(workers, start_worker) as pool:
+        data = sorted({(job['pairs'], job['seed']) for job in jobs})
+        paths = pool.starmap(films.pairs, [(base, n, seed + 1) for n, seed in data], chunksize=1)
+        for job in jobs:
+            job['dataset'] = paths[data.index((job['pairs'], job['seed']))]
+        work = functools.partial(
+            run_job, settings=dict(DEMO, init_from=base), rewards=rewards, out=out)
+        for line in pool.imap_unordered(work, jobs):
+            keep_result(line, out)
+    return out
+
+
+# --------------------------------------------------------------------------------------------------
+# The experiments
+
+
+def frontier(o):
+    """Every objective on the plane of gold reward and KL."""
+    out = experiment('frontier', [(title(*s), *s, o.pairs or 6000) for s in FRONTIER], o)
+    plot.frontier(out, os.path.join(out, 'frontier.png'))
+
+
+def betas(o):
+    """DPO's reward, KL and share of the optimum's gain against beta: points of `frontier`."""
+    settings = [s for s in FRONTIER if s[0] == 'dpo' and list(s[1]) == ['beta']]
+    out = experiment('frontier', [(title(*s), *s, o.pairs or 6000) for s in settings], o)
+    plot.betas(out, os.path.join(out, 'betas.png'))
+
+
+def pairs(o):
+    """DPO at beta = 1 with more and more pairs: how much of the optimum's gain it reaches."""
+    n = o.pairs or 30000
+    sizes = [n // 30, n // 10, n // 3, n]
+    out = experiment('pairs', [(f'{size} pairs', 'dpo', dict(beta=1.0), size) for size in sizes], o)
+    plot.pairs(out, os.path.join(out, 'pairs.png'))
+
+
+def sft_loss(policy_chosen_logps, policy_rejected_logps,
+             reference_chosen_logps, reference_rejected_logps):
+    """SFT on chosen that logs DPO's implicit rewards, beta = 1, and so the KL from the reference."""
+    rewards = policy_chosen_logps - reference_chosen_logps, policy_rejected_logps - reference_rejected_logps
+    return -policy_chosen_logps, *(r.detach() for r in rewards)
+
+
+def sft(o):
+    """DPO and SFT on the same pairs, step by step: chosen, rejected, KL and length."""
+    out, base = o.out or 'out/sft', films.base_model()
+    dataset = films.pairs(base, o.pairs or 6000)
+    folders = [os.path.join(out, name) for name in ('dpo', 'sft')]
+    for folder in folders:
+        cfg = config_of(dict(
+            DEMO, loss='dpo', beta=1.0, init_from=base, dataset=dataset, out_dir=folder, overwrite=True,
+            reference='live', eval_interval=20, eval_samples=64, max_iters=o.max_iters))
+        if folder.endswith('sft'):
+            cfg.loss, cfg.options = sft_loss, {}
+        cfg.at_end = films.report
+        train.train(cfg)
+    plot.curves(folders, os.path.join(out, 'curves.png'))
+
+
+def read_options(cls, argv):
+    o = configure(cls, argv)
+    for name, least in dict(seeds=1, pairs=0, max_iters=0, samples=2).items():
+        if getattr(o, name, least) < least:
+            raise InputError(f'{name}: {getattr(o, name)} is less than {least}')
+    plot.pyplot()                        # an error now rather than after the last run
+    return o
+
+
+def main(argv):
+    experiments = dict(frontier=frontier, betas=betas, pairs=pairs, sft=sft)
+    if argv[0] not in experiments:
+        raise InputError(f'usage: python -m lab.frontier {"|".join(experiments)} [--name=value ...]')
+    experiments[argv[0]](read_options(Common if argv[0] == 'sft' else Options, argv[1:]))
+
+
+if __name__ == '__main__':
+    run(main, __doc__)
