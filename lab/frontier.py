@@ -16,6 +16,7 @@ import functools
 import json
 import multiprocessing
 import os
+import signal
 import time
 from dataclasses import dataclass
 
@@ -25,23 +26,29 @@ import torch
 import train
 from configurator import InputError, configure, run
 from lab import films, optimum, plot
-from prepare import ignore_interrupt
 from weights import load
 
 # config/dpo_demo.py without its objective
-DEMO = dict(tokenizer='byte', max_length=112, max_prompt_length=48, val_fraction=0.05, batch_size=32,
-            learning_rate=1e-4, warmup_iters=10, epochs=1.0, beta2=0.99, compile=False)
+DEMO = dict(tokenizer='byte', max_length=112, max_prompt_length=48, val_fraction=0.05,
+            batch_size=32, learning_rate=1e-4, warmup_iters=10, beta2=0.99, compile=False)
 
-FRONTIER = [('dpo', dict(beta=beta)) for beta in (0.3, 0.5, 1.0, 2.0, 4.0)]
-FRONTIER += [('simpo', dict(beta=beta, gamma=gamma, learning_rate=rate)) for beta, gamma, rate in (
+# (loss, settings that differ from DEMO's)
+BETAS = [('dpo', dict(beta=beta)) for beta in (0.3, 0.5, 1.0, 2.0, 4.0)]
+SIMPO = [('simpo', dict(beta=beta, gamma=gamma, learning_rate=rate)) for beta, gamma, rate in (
     (2.0, 0.5, 1e-5), (2.0, 1.5, 1e-5), (5.0, 0.5, 1e-5), (10.0, 0.5, 1e-5), (2.0, 0.5, 3e-5),
     (2.0, 0.5, 1e-4))]
-FRONTIER += [('sft', {}), ('robust_dpo', dict(beta=1.0, label_smoothing=0.1)), ('ipo', dict(beta=0.3)),
-             ('rdpo', dict(beta=1.0, alpha=0.02)), ('kto', dict(beta=1.0)),
-             ('dpo', dict(beta=1.0, label_smoothing=0.1)), ('orpo', dict(beta=1.0, learning_rate=1e-5)),
-             ('cpo', dict(beta=0.3, sft_weight=0.1, learning_rate=1e-5)),
-             ('slic', dict(delta=2.0, sft_weight=0.1, learning_rate=1e-5)),
-             ('rrhf', dict(sft_weight=0.1, learning_rate=1e-5))]
+FRONTIER = [
+    *BETAS, *SIMPO,
+    ('sft', dict()),
+    ('robust_dpo', dict(beta=1.0, label_smoothing=0.1)),
+    ('ipo', dict(beta=0.3)),
+    ('rdpo', dict(beta=1.0, alpha=0.02)),
+    ('kto', dict(beta=1.0)),
+    ('dpo', dict(beta=1.0, label_smoothing=0.1)),
+    ('orpo', dict(beta=1.0, learning_rate=1e-5)),
+    ('cpo', dict(beta=0.3, sft_weight=0.1, learning_rate=1e-5)),
+    ('slic', dict(delta=2.0, sft_weight=0.1, learning_rate=1e-5)),
+    ('rrhf', dict(sft_weight=0.1, learning_rate=1e-5))]
 
 
 @dataclass
@@ -59,7 +66,7 @@ class Options(Common):
 
 
 # --------------------------------------------------------------------------------------------------
-# Jobs: what is run, and what is left to run
+# Jobs: what is to be run
 
 
 def title(loss, options):
@@ -75,6 +82,14 @@ def select(only, names):
     return found
 
 
+def make_jobs(settings, seeds, o, reference):
+    """[(name, loss, options, number of pairs), ...] -> a job per seed and selected setting."""
+    names = select(o.only, [name for name, *_ in settings])
+    same = dict(max_iters=o.max_iters, samples=o.samples, reference=train.fingerprint_of(reference))
+    return [dict(name=name, loss=loss, options=options, pairs=n, seed=seed, **same)
+            for seed in range(seeds) for name, loss, options, n in settings if name in names]
+
+
 def unfinished(jobs, out):
     """The jobs without a line in results.jsonl. Raises InputError where a job's line is from other
     settings or from another base model."""
@@ -85,8 +100,8 @@ def unfinished(jobs, out):
         line = results.get((job['name'], job['seed']), job)
         for key, value in job.items():
             if line.get(key) != value:
-                raise InputError(f'{path}: {job["name"]!r} has {key} = {line.get(key)!r} there, and '
-                                 f'{value!r} here; --out=... names another folder')
+                raise InputError(f'{path}: {job["name"]!r} has {key} = {line.get(key)!r} there, '
+                                 f'and {value!r} here; --out=... names another folder')
     return [job for job in jobs if (job['name'], job['seed']) not in results]
 
 
@@ -95,21 +110,21 @@ def unfinished(jobs, out):
 
 
 def config_of(settings):
-    """Settings by name -> train.Config, checked as those of the command line."""
+    """Settings by name -> train.Config, checked as those of the command line are."""
     return train.load_config([f'--{name}={value}' for name, value in settings.items()])
 
 
 def run_folder(out):
-    """Where a process trains its policies, one after the other."""
+    """Where this process trains its policies, each in the place of the one before."""
     return os.path.join(out, f'run-{os.getpid()}')
 
 
 def run_job(job, settings, rewards, out, world=films.FILMS):
     """Train one policy and place it beside the optimum -> its line of results."""
     started, folder = time.perf_counter(), run_folder(out)
-    same = {name: job[name] for name in ('loss', 'seed', 'max_iters', 'dataset')}
-    cfg = config_of(settings | job['options'] | same | dict(
-        out_dir=folder, overwrite=True, eval_interval=10**9))     # evaluate at both ends only
+    own = {name: job[name] for name in ('loss', 'seed', 'max_iters', 'dataset')}
+    fixed = dict(out_dir=folder, overwrite=True, eval_interval=10**9)    # evaluated at both ends
+    cfg = config_of(settings | job['options'] | own | fixed)
     with open(os.path.join(out, f'log-{os.getpid()}.txt'), 'a') as log, \
             contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         train.train(cfg)
@@ -121,35 +136,32 @@ def run_job(job, settings, rewards, out, world=films.FILMS):
 def keep_result(line, out):
     with open(os.path.join(out, 'results.jsonl'), 'a') as f:
         f.write(json.dumps(line) + '\n')
-    print('{name:32} seed {seed}  reward {reward:+.3f} +- {reward_error:.3f}  KL {kl:6.3f} +- '
-          '{kl_error:.3f}  share {share:6.1%} +- {share_error:.1%}  {seconds:4.0f} s'.format(**line),
-          flush=True)
+    print('{name:32} seed {seed}  reward {reward:+.3f} +- {reward_error:.3f}  '
+          'KL {kl:6.3f} +- {kl_error:.3f}  share {share:6.1%} +- {share_error:.1%}  '
+          '{seconds:4.0f} s'.format(**line), flush=True)
 
 
 def keep_optima(rewards, out):
     """The curve of the optima, for lab/plot.py."""
     with open(os.path.join(out, 'optimum.jsonl'), 'w') as f:
         for beta in np.geomspace(0.3, 30, 40):
-            figures = map(float, (beta, *optimum.tilted(rewards, beta)))
-            f.write(json.dumps(dict(zip(('beta', 'reward', 'kl', 'effective_samples'), figures))) + '\n')
+            reward, kl, size = map(float, optimum.tilted(rewards, beta))
+            line = dict(beta=beta, reward=reward, kl=kl, effective_samples=size)
+            f.write(json.dumps(line) + '\n')
 
 
 def start_worker():
     torch.set_num_threads(1)             # these models are too small for two
-    ignore_interrupt()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C reaches all; the parent ends them
 
 
 def experiment(name, settings, o):
-    """Run [(name, loss, options, number of pairs), ...], each with o.seeds seeds -> the folder of the
-    results. The seed is that of the pairs, their labels and their order. As many processes as cores."""
+    """Run [(name, loss, options, number of pairs), ...] with seeds 0 to o.seeds - 1, in as many
+    processes as there are cores -> the folder of the results. Each seed has pairs of its own."""
     out, base = o.out or os.path.join('out', name), films.base_model()
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     reference = load(base).to(device)
-    names = select(o.only, [name for name, *_ in settings])
-    jobs = unfinished([
-        dict(name=name, loss=loss, options=options, pairs=n, seed=seed, max_iters=o.max_iters,
-             samples=o.samples, reference=train.fingerprint_of(reference))
-        for seed in range(o.seeds) for name, loss, options, n in settings if name in names], out)
+    jobs = unfinished(make_jobs(settings, o.seeds, o, reference), out)
     if not jobs:
         return out
     os.makedirs(out, exist_ok=True)
@@ -161,10 +173,12 @@ def experiment(name, settings, o):
         paths = pool.starmap(films.pairs, [(base, n, seed + 1) for n, seed in data], chunksize=1)
         for job in jobs:
             job['dataset'] = paths[data.index((job['pairs'], job['seed']))]
-        work = functools.partial(
-            run_job, settings=dict(DEMO, init_from=base), rewards=rewards, out=out)
-        for line in pool.imap_unordered(work, jobs):
+        settings = DEMO | dict(init_from=base)
+        run_one = functools.partial(run_job, settings=settings, rewards=rewards, out=out)
+        for line in pool.imap_unordered(run_one, jobs):
             keep_result(line, out)
+        pool.close()
+        pool.join()
     return out
 
 
@@ -180,8 +194,7 @@ def frontier(o):
 
 def betas(o):
     """DPO's reward, KL and share of the optimum's gain against beta: points of `frontier`."""
-    settings = [s for s in FRONTIER if s[0] == 'dpo' and list(s[1]) == ['beta']]
-    out = experiment('frontier', [(title(*s), *s, o.pairs or 6000) for s in settings], o)
+    out = experiment('frontier', [(title(*s), *s, o.pairs or 6000) for s in BETAS], o)
     plot.betas(out, os.path.join(out, 'betas.png'))
 
 
@@ -195,21 +208,22 @@ def pairs(o):
 
 def sft_loss(policy_chosen_logps, policy_rejected_logps,
              reference_chosen_logps, reference_rejected_logps):
-    """SFT on chosen that logs DPO's implicit rewards, beta = 1, and so the KL from the reference."""
-    rewards = policy_chosen_logps - reference_chosen_logps, policy_rejected_logps - reference_rejected_logps
-    return -policy_chosen_logps, *(r.detach() for r in rewards)
+    """SFT on chosen, with the implicit rewards of DPO at beta = 1 for the log."""
+    chosen_rewards = policy_chosen_logps - reference_chosen_logps
+    rejected_rewards = policy_rejected_logps - reference_rejected_logps
+    return -policy_chosen_logps, chosen_rewards.detach(), rejected_rewards.detach()
 
 
 def sft(o):
     """DPO and SFT on the same pairs, step by step: chosen, rejected, KL and length."""
     out, base = o.out or 'out/sft', films.base_model()
-    dataset = films.pairs(base, o.pairs or 6000)
     folders = [os.path.join(out, name) for name in ('dpo', 'sft')]
+    settings = DEMO | dict(
+        loss='dpo', beta=1.0, init_from=base, dataset=films.pairs(base, o.pairs or 6000),
+        overwrite=True, reference='live', eval_interval=20, eval_samples=64, max_iters=o.max_iters)
     for folder in folders:
-        cfg = config_of(dict(
-            DEMO, loss='dpo', beta=1.0, init_from=base, dataset=dataset, out_dir=folder, overwrite=True,
-            reference='live', eval_interval=20, eval_samples=64, max_iters=o.max_iters))
-        if folder.endswith('sft'):
+        cfg = config_of(settings | dict(out_dir=folder))
+        if folder == folders[1]:
             cfg.loss, cfg.options = sft_loss, {}
         cfg.at_end = films.report
         train.train(cfg)
@@ -228,7 +242,8 @@ def read_options(cls, argv):
 def main(argv):
     experiments = dict(frontier=frontier, betas=betas, pairs=pairs, sft=sft)
     if argv[0] not in experiments:
-        raise InputError(f'usage: python -m lab.frontier {"|".join(experiments)} [--name=value ...]')
+        names = '|'.join(experiments)
+        raise InputError(f'usage: python -m lab.frontier {names} [--name=value ...]')
     experiments[argv[0]](read_options(Common if argv[0] == 'sft' else Options, argv[1:]))
 
 

@@ -8,10 +8,10 @@ The DPO paper's sentiment experiment (Rafailov et al. 2023, section 6.1) on real
 A base model learns passages of reviews. The gold reward of a text is the log-odds that it is
 positive, by a classifier of the labelled reviews. The base model's own continuations are the pairs;
 the better one always wins, as in the paper. DPO at several beta, and SFT on the chosen, are placed
-beside the optimum (lab/optimum.py). From such certain labels DPO does not learn exp(r/beta), but the
-optimum still bounds the reward at each KL.
+beside the optimum (lab/optimum.py). From such certain labels DPO does not learn exp(r/beta), but
+the optimum still bounds the reward at each KL.
 
-Results and their picture are in out/imdb, as those of lab/frontier.py; finished runs are not repeated.
+Results and picture are in out/imdb, as those of lab/frontier.py; a finished run is not repeated.
 Left out: PPO and the other methods of the paper.
 """
 import dataclasses
@@ -63,7 +63,7 @@ def read_imdb(source, kind):
             if not isinstance(record, dict) or not isinstance(record.get('text'), str):
                 raise InputError(f"{where}: no 'text'")
             if kind != 'unsup' and record.get('label') not in names:
-                raise InputError(f"{where}: 'label' is {record.get('label')!r}, not pos, neg, 1 or 0")
+                raise InputError(f"{where}: 'label' is not pos, neg, 1 or 0")
             texts.append(re.sub(r'(<br\s*/?>|\s)+', ' ', record['text']).strip())
             labels.append(names.get(record.get('label'), -1))
     return texts, np.array(labels)
@@ -86,7 +86,8 @@ def cut_texts(texts, tokenizer, seed):
     for text in texts:
         ids, cut = tokenizer.encode(text).tolist(), int(rng.integers(2, 9))
         prompt, rest = tokenizer.decode(ids[:cut]), tokenizer.decode(ids[cut:])
-        if len(ids) > cut + 2 and prompt + rest == text and rest.strip():       # not within a character
+        whole = prompt + rest == text    # the cut is not within a character
+        if whole and len(ids) > cut + 2 and rest.strip():
             yield prompt, rest
 
 
@@ -94,7 +95,10 @@ def prompts_of(texts, tokenizer, seed):
     """The beginnings of reviews, as a World draws prompts."""
     openings = [passages(text)[0] for text in texts]
     prompts = [prompt for prompt, _ in cut_texts(openings, tokenizer, seed)]
-    return lambda n, seed: [prompts[i] for i in np.random.default_rng(seed).integers(len(prompts), size=n)]
+
+    def draw_prompts(n, seed):
+        return [prompts[i] for i in np.random.default_rng(seed).integers(len(prompts), size=n)]
+    return draw_prompts
 
 
 def train_tokenizer(texts, folder, size=4096):
@@ -125,15 +129,15 @@ def features(text):
 
 def bags(texts):
     """-> the features of all texts, end to end, and where each text's begin."""
-    numbers = [features(text) for text in texts]
-    starts = np.cumsum([0, *map(len, numbers)])[:-1]
-    return torch.tensor([n for bag in numbers for n in bag], dtype=torch.int64), torch.from_numpy(starts)
+    bags = [features(text) for text in texts]
+    indices = torch.tensor([i for bag in bags for i in bag], dtype=torch.int64)
+    return indices, torch.from_numpy(np.cumsum([0, *map(len, bags)])[:-1])
 
 
 def fit_classifier(texts, labels, epochs=4):
     """Logistic regression on `features` -> a function: texts -> log-odds that they are positive."""
-    weights, bias = torch.nn.EmbeddingBag(BUCKETS, 1, mode='sum'), torch.nn.Parameter(torch.zeros(1))
-    torch.nn.init.zeros_(weights.weight)
+    weights = torch.nn.EmbeddingBag(BUCKETS, 1, mode='sum', _weight=torch.zeros(BUCKETS, 1))
+    bias = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.AdamW([*weights.parameters(), bias], lr=3e-3, weight_decay=1e-2)
     order = np.random.default_rng(0).permutation(len(texts))
     batches = [(*bags([texts[i] for i in rows]), torch.from_numpy(labels[rows]).float())
@@ -156,55 +160,57 @@ def fit_classifier(texts, labels, epochs=4):
 
 
 def train_base(texts, settings, out, o):
-    """A language model of the reviews' passages -> its folder. Continued where it was interrupted."""
-    folder, tokenizer = os.path.join(out, 'base'), get_tokenizer(settings['tokenizer'])
+    """A language model of reviews -> its folder. It continues where it was interrupted."""
+    tokenizer = get_tokenizer(settings['tokenizer'])
     cfg = frontier.config_of(settings | dict(
-        loss='sft', out_dir=folder, batch_size=64, warmup_iters=100, learning_rate=5e-5, val_fraction=0.01,
-        eval_interval=1000, eval_pairs=500, max_iters=o.max_iters))
-    cfg.init_from = o.base
-    if not o.base:
+        loss='sft', out_dir=os.path.join(out, 'base'), batch_size=64, warmup_iters=100,
+        val_fraction=0.01, eval_interval=1000, eval_pairs=500, max_iters=o.max_iters))
+    if o.base:
+        cfg.init_from, cfg.learning_rate = o.base, 5e-5
+    else:
         cfg.init_from = dict(n_layer=4, n_head=4, n_embd=128, block_size=cfg.max_length)
         cfg.learning_rate, cfg.grad_clip, cfg.epochs = 4e-3, 0.0, 0.5
     cfg.dataset = films.write_once(os.path.join(out, 'passages.jsonl'), lambda: (
         dict(prompt=prompt, chosen=rest) for prompt, rest in cut_texts(
             (passage for text in texts for passage in passages(text)), tokenizer, seed=1)))
-    cfg.resume = os.path.exists(os.path.join(folder, 'ckpt.pt'))
+    cfg.resume = os.path.exists(os.path.join(cfg.out_dir, 'ckpt.pt'))
     train.train(cfg)
-    return folder
+    return cfg.out_dir
 
 
 def experiment(source, o):
-    """Base model, gold reward, pairs; then each setting's run, its result and its reviews."""
-    out = o.out or os.path.join('out', '-'.join(['imdb', *o.base.split('/')[-1:]]).strip('-'))
-    (texts, labels), (test_texts, test_labels) = (read_imdb(source, kind) for kind in ('train', 'test'))
+    """Gold reward, base model and pairs; then each setting's run, its result and its reviews."""
+    out, n = o.out or os.path.join('out', 'imdb'), o.pairs or 20000
+    texts, labels = read_imdb(source, 'train')
+    test_texts, test_labels = read_imdb(source, 'test')
+    texts_of_base = texts + read_imdb(source, 'unsup')[0]
     log_odds = fit_classifier(texts, labels)
     right = np.mean((log_odds(test_texts) > 0) == test_labels)
-    print(f'gold reward: the log-odds of a classifier, right for {right:.1%} of {len(test_texts):,} reviews')
-    everything = texts + read_imdb(source, 'unsup')[0]
-    name = tokenizer_of(o.base) if o.base else train_tokenizer(everything, os.path.join(out, 'tokenizer'))
+    print('gold reward: the log-odds of a classifier, '
+          f'right for {right:.1%} of {len(test_texts):,} reviews')
+
+    name = tokenizer_of(o.base) if o.base else train_tokenizer(
+        texts_of_base, os.path.join(out, 'tokenizer'))
     settings = dict(tokenizer=name, max_length=96, max_prompt_length=32, beta2=0.99,
                     data_dir=os.path.join(out, 'data'))
-    base = train_base(everything, settings, out, o)
-
-    tokenizer, n = get_tokenizer(name), o.pairs or 20000
-    world = films.World(
-        name, prompts_of(test_texts, tokenizer, seed=2), max_new_tokens=80, labels='best',
-        reward=lambda prompts, responses: log_odds([p + r for p, r in zip(prompts, responses)]))
-    world_of_pairs = dataclasses.replace(world, draw_prompts=prompts_of(texts, tokenizer, seed=1))
-    dataset = films.pairs(base, n, 1, settings['data_dir'], world_of_pairs, 'imdb')
+    base, tokenizer = train_base(texts_of_base, settings, out, o), get_tokenizer(name)
     reference = load(base).to('cuda' if torch.cuda.is_available() else 'cpu')
+
+    def reward(prompts, responses):
+        return log_odds([p + r for p, r in zip(prompts, responses)])
+    world = films.World(name, prompts_of(test_texts, tokenizer, 2), reward, 80, labels='best')
+    training = dataclasses.replace(world, draw_prompts=prompts_of(texts, tokenizer, 1))
+    dataset = films.pairs(base, n, 1, settings['data_dir'], training, 'imdb')
     rewards = optimum.reference_rewards(reference, world)
-    names = {frontier.title(*setting): setting for setting in SETTINGS}
-    jobs = frontier.unfinished([
-        dict(name=name, loss=names[name][0], options=names[name][1], pairs=n, seed=0,
-             max_iters=o.max_iters, samples=o.samples, reference=train.fingerprint_of(reference))
-        for name in frontier.select(o.only, names)], out)
+    jobs = frontier.make_jobs([(frontier.title(*s), *s, n) for s in SETTINGS], 1, o, reference)
+    jobs = frontier.unfinished(jobs, out)
     frontier.keep_optima(rewards, out)
-    settings |= dict(init_from=base, batch_size=32, warmup_iters=10, learning_rate=2e-4, val_fraction=0.05)
+    settings |= dict(init_from=base, batch_size=32, warmup_iters=10, learning_rate=2e-4)
     for job in jobs:
         line = frontier.run_job(job | dict(dataset=dataset), settings, rewards, out, world)
         frontier.keep_result(line, out)
-        films.show_samples(load(frontier.run_folder(out)).to(reference.device), reference, world)
+        policy = load(frontier.run_folder(out)).to(reference.device)
+        films.show_samples(policy, reference, world)
     plot.frontier(out, os.path.join(out, 'frontier.png'))
 
 

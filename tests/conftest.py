@@ -1,5 +1,5 @@
 """
-What the tests share: the root on the path, files of records, settings, GPT-2's tables, tiny random models.
+What the tests share: the root on the path, files of records, settings, GPT-2's tables, tiny models.
 
     python -m pytest                                       # everything, from the root
     python -m pytest tests/test_prepare.py -k chat         # a part
@@ -22,7 +22,7 @@ from configurator import InputError      # noqa: E402 - after the root is on the
 from prepare import Data                 # noqa: E402
 from tokenizer import get_tokenizer      # noqa: E402
 
-# Every family's tiny model: 2 layers, 4 heads of width 8, 64 positions, the byte tokenizer's vocabulary.
+# Tiny models: 2 layers, 4 heads of width 8, 64 positions, the vocabulary of the byte tokenizer.
 VOCAB, BLOCK = 257, 64
 BYTES = dict(vocab_size=VOCAB, bos_token_id=256, eos_token_id=256)
 GPT2 = BYTES | dict(n_positions=BLOCK, n_embd=32, n_layer=2, n_head=4)
@@ -36,12 +36,14 @@ FAMILIES = {   # name -> (transformers' prefix of Config and LMHeadModel or ForC
     'llama3': ('Llama', LLAMA | dict(rope_parameters=LLAMA3_SCALING, tie_word_embeddings=True)),
     'mistral': ('Mistral', LLAMA | dict(sliding_window=None)),
     'qwen2': ('Qwen2', LLAMA | dict(use_sliding_window=False)),
-    'qwen3': ('Qwen3', LLAMA | dict(head_dim=16, use_sliding_window=False, tie_word_embeddings=True)),
+    'qwen3': ('Qwen3', LLAMA | dict(head_dim=16, use_sliding_window=False,
+                                    tie_word_embeddings=True)),
 }
 
 
 def randomise(model, std=0.2, seed=0):
-    """Random numbers in every parameter: initial weights attend evenly, which would hide a wrong mask."""
+    """Random numbers in every parameter: GPT-2's initial weights attend almost evenly, which would
+    hide a wrong mask."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -58,7 +60,7 @@ def exact_float32():
 
 @pytest.fixture
 def write(tmp_path):
-    """write('a.jsonl', records) -> path: in the format its name says, or the bytes or text given."""
+    """write('a.jsonl', records) -> path: in the format its name says; or bytes, or text."""
     def write(name, content):
         path = tmp_path / name
         if isinstance(content, bytes):
@@ -70,8 +72,8 @@ def write(tmp_path):
             import pyarrow.parquet
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(content), path)
         elif name.endswith(('.csv', '.tsv')):
-            text = io.StringIO()
-            rows = csv.DictWriter(text, list(content[0]), delimiter=',' if name.endswith('.csv') else '\t')
+            text, delimiter = io.StringIO(), ',' if name.endswith('.csv') else '\t'
+            rows = csv.DictWriter(text, list(content[0]), delimiter=delimiter)
             rows.writeheader()
             rows.writerows(content)
             path.write_text(text.getvalue(), encoding='utf-8', newline='')
@@ -88,8 +90,9 @@ def write(tmp_path):
 def settings(tmp_path):
     """settings(dataset, name=value, ...) -> prepare.Data: bytes for tokens, nothing cut."""
     def settings(dataset, **changed):
-        return Data(**dict(dataset=dataset, tokenizer='byte', max_length=2000, max_prompt_length=1000,
-                           val_fraction=0.0, data_dir=str(tmp_path / 'data')) | changed)
+        return Data(**dict(
+            dataset=dataset, tokenizer='byte', max_length=2000, max_prompt_length=1000,
+            val_fraction=0.0, data_dir=str(tmp_path / 'data')) | changed)
     return settings
 
 

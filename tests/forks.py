@@ -3,11 +3,12 @@ Commands of this repository in forks of one process that has loaded torch: a sta
 
     with Forks() as forks:
         child = forks.start('folder', 'train.py', '--loss=dpo', ...)    # prints into folder.txt, beside it
-        os.kill(child.pid, signal.SIGKILL)
+        child.signal(signal.SIGKILL)
         assert child.wait() == -signal.SIGKILL
 
-One command at a time. This file is also what the other process runs; it never computes anything itself, so
-that its forks can.
+One command at a time. The scripts are those of the repository, or of the copy of it that `root` names. This
+file is also what the other process runs; it imports nothing of ours, so that each fork reads the source
+as it is then. Left out: systems without fork.
 """
 import ctypes
 import json
@@ -22,7 +23,7 @@ import time
 import traceback
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-LIMIT = 3600 if os.environ.get('NANOPREF_LONG') else 240    # seconds until SIGALRM ends a command that hangs
+LIMIT = 120             # seconds until SIGALRM ends a command that hangs
 
 
 class Child:
@@ -38,16 +39,26 @@ class Child:
         except ProcessLookupError:      # ended just before
             pass
 
+    def ended(self):
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        return False
+
     def wait(self):
         """-> the exit code; below 0, the signal that ended it."""
         return int(self.reply.readline())
 
-    def said(self):
+    def printed(self):
         with open(self.output, encoding='utf-8') as f:
             return f.read()
 
 
 class Forks:
+    def __init__(self, root=ROOT):
+        self.root = str(root)
+
     def __enter__(self):
         env = dict(os.environ, OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE')
         self.process = subprocess.Popen([sys.executable, os.path.abspath(__file__)], env=env, text=True,
@@ -58,22 +69,24 @@ class Forks:
         self.process.stdin.close()
         self.process.wait()
 
-    def start(self, folder, *argv, file_limit=0, powerless=False):
-        """`file_limit`: no file can grow beyond so many bytes, as on a full disk. `powerless`: permissions
-        hold for root too."""
-        job = dict(folder=str(folder), argv=list(map(str, argv)), output=f'{folder}.txt',
-                   file_limit=file_limit, powerless=powerless)
+    def start(self, folder, script, *options, root=None, file_limit=0, unprivileged=False):
+        """`file_limit`: no file can grow beyond so many bytes, as on a full disk. `unprivileged`:
+        permissions apply to root, too."""
+        folder = os.path.abspath(folder)
+        job = dict(folder=folder, argv=[script, *map(str, options)], output=f'{folder}.txt',
+                   root=str(root or self.root), file_limit=file_limit, unprivileged=unprivileged)
+        open(job['output'], 'w').close()                   # of the command before
         self.process.stdin.write(json.dumps(job) + '\n')
         return Child(int(self.process.stdout.readline()), job['output'], self.process.stdout)
 
-    def run(self, folder, *argv, **limits):
+    def run(self, folder, script, *options, **limits):
         """-> (the exit code, what it printed)"""
-        child = self.start(folder, *argv, **limits)
-        return child.wait(), child.said()
+        child = self.start(folder, script, *options, **limits)
+        return child.wait(), child.printed()
 
 
 def until(condition, seconds=60):
-    """Wait until condition() is true, looking without a pause; false where it took longer than that."""
+    """Wait until condition() is true, polling without a pause; False where it took longer than that."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
@@ -92,13 +105,14 @@ def become(job):
     sys.stdout.reconfigure(line_buffering=True)
     if job['file_limit']:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job['file_limit'],) * 2)
-    if job['powerless'] and os.geteuid() == 0:
+    if job['unprivileged'] and os.geteuid() == 0:
         header = struct.pack('Ii', 0x20080522, 0)       # Linux's capset, version 3: this process, no power
         if ctypes.CDLL(None).capset(header, bytes(24)):
             sys.exit('capset failed')
+    sys.path[0] = job['root']           # in place of tests/, as `python SCRIPT` sets it
     sys.argv, code = job['argv'], 0
     try:
-        runpy.run_path(os.path.join(ROOT, job['argv'][0]), run_name='__main__')
+        runpy.run_path(os.path.join(job['root'], job['argv'][0]), run_name='__main__')
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else int(e.code is not None)
         print(e.code if isinstance(e.code, str) else '', end='', file=sys.stderr)
@@ -110,14 +124,13 @@ def become(job):
 
 
 def main():
-    sys.path.insert(0, ROOT)
     import torch
     torch.set_num_threads(1)
-    import torch._dynamo    # AdamW asks for it at its first step
-    import prepare          # noqa: F401
-    import sample           # noqa: F401
-    import train            # noqa: F401
-    prepare.get_tokenizer('byte')
+    import safetensors.torch    # noqa: F401
+    import tiktoken             # noqa: F401
+    import torch._dynamo        # noqa: F401: AdamW asks for it at its first step
+    import torch.distributed    # noqa: F401
+    import tqdm                 # noqa: F401
     while line := sys.stdin.readline():
         if pid := os.fork():
             print(pid, flush=True)

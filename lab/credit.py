@@ -1,0 +1,123 @@
+"""
+Which tokens earn the implicit reward: each token's beta log pi/pi_ref, whose sum is the reward.
+
+    python -m lab.credit out/dpo_demo --prompt="ann on iron river (war):"
+    python -m lab.credit out/dpo_demo --prompt="..." --response=" great plot." --out=credit.html
+    python -m lab.credit out/simpo_demo --prompt="..." --compare=out/sft_demo
+
+The policy is a run. Its reference is the run's own unless --compare is given. beta is that of an
+objective with a reference; for other objectives, log pi/pi_ref in nats. Green earns, red costs, on
+the terminal and in an HTML page; where there is no terminal, numbers.
+Left out: credit under a reward model, which scores only a response's end.
+"""
+import html
+import os
+import sys
+from dataclasses import dataclass
+
+import torch
+
+import train
+from configurator import InputError, atomic_write, configure, run
+from lab.judge import encode, load_reference, read_run
+from model import pack
+from sample import encode_prompt, generate
+from tokenizer import get_tokenizer
+from weights import load, tokenizer_of
+
+
+@dataclass
+class Options:
+    prompt: str = ''
+    response: str = ''           # empty: sampled from the policy
+    compare: str = ''            # another reference
+    template: str = ''           # 'chat': the prompt is a user turn; empty: as in the run's data
+    max_new_tokens: int = 128
+    temperature: float = 1.0     # 0: greedy
+    seed: int = 1337
+    out: str = 'credit.html'
+    device: str = ''             # empty: cuda where there is one, else cpu
+
+
+@torch.no_grad()
+def token_credit(policy, reference, prompt, response, beta):
+    """beta log pi/pi_ref of each token of a response: a list of floats."""
+    batch = pack([(prompt, [response])]).to(policy.device)
+    return (beta * (policy.token_logps(batch) - reference.token_logps(batch))).tolist()
+
+
+def spans_of(tokens, credit, tokenizer):
+    """-> [(text, credit), ...]: a span for each token; for several where they spell one character."""
+    spans, length, total = [], 0, 0.0
+    for i, c in enumerate(credit, 1):
+        text, total = tokenizer.decode(tokens[:i]), total + c
+        if text.endswith('\ufffd') and i < len(tokens):      # part of a character
+            continue
+        spans.append((text[length:], total))
+        length, total = len(text), 0.0
+    return spans
+
+
+def colour(c, most):
+    """-> (r, g, b): white at 0, green at `most`, red at -most."""
+    full, strength = (70, 190, 90) if c > 0 else (235, 80, 80), abs(c) / most if most else 0.0
+    return tuple(round(255 + strength * (x - 255)) for x in full)
+
+
+def terminal(spans, colours):
+    if not sys.stdout.isatty() and 'FORCE_COLOR' not in os.environ:
+        return ' '.join(f'{text!r}{c:+.3f}' for text, c in spans)
+    marked = ('\x1b[30;48;2;{};{};{}m{}'.format(*rgb, text) for (text, _), rgb in zip(spans, colours))
+    return ''.join(marked) + '\x1b[0m'
+
+
+def page(title, prompt, spans, colours, total):
+    marked = ''.join(
+        f'<span style="background:rgb{rgb}" title="{c:+.4f}">{html.escape(text)}</span>'
+        for (text, c), rgb in zip(spans, colours))
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>credit</title>
+<style>
+body {{ font: 16px/1.6 serif; max-width: 50em; margin: 2em auto; color: #000; background: #fff }}
+pre {{ font: inherit; white-space: pre-wrap }}
+</style>
+<h1>{html.escape(title)}</h1>
+<p>Green tokens earn implicit reward, red ones cost it; point at one to see its number.</p>
+<pre>{html.escape(prompt)}</pre>
+<pre>{marked}</pre>
+<p>implicit reward {total:+.3f}</p>
+</html>
+"""
+
+
+def main(argv):
+    if argv[0].startswith('-'):
+        raise InputError('usage: python -m lab.credit RUN --prompt=... [--name=value ...]')
+    o, name = configure(Options, argv[1:]), argv[0]
+    if not o.prompt:
+        raise InputError('prompt: is empty')
+    cfg, checkpoint = read_run(name)
+    device = o.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    policy, tokenizer = load(name).to(device), get_tokenizer(tokenizer_of(name))
+    reference = load(o.compare) if o.compare else load_reference(cfg, checkpoint)
+    beta = cfg.options.get('beta', 1.0) if train.asks_for(cfg, 'reference') else 1.0
+    prompt, cfg.template, cfg.truncation = o.prompt.replace('\\n', '\n'), o.template or cfg.template, 'cut'
+    if o.response:
+        ids, tokens = encode(prompt, [o.response], tokenizer, cfg)[0]
+    else:
+        ids = encode_prompt(prompt, tokenizer, cfg.template)
+        tokens = generate(policy, [ids], o.max_new_tokens, tokenizer.ends, o.temperature, seed=o.seed)[0]
+    credit = token_credit(policy, reference.to(device), ids, tokens, beta)
+    spans = spans_of([int(t) for t in tokens], credit, tokenizer)
+    most = max(abs(c) for _, c in spans)
+    colours = [colour(c, most) for _, c in spans]
+    print(f'{prompt}    [implicit reward {sum(credit):+.3f}]')
+    print(terminal(spans, colours))
+    against = o.compare or cfg.reference_from or cfg.init_from
+    with atomic_write(o.out) as f:
+        f.write(page(f'{beta:g} log {name} / {against}', prompt, spans, colours, sum(credit)))
+    print(f'-> {o.out}')
+
+
+if __name__ == '__main__':
+    run(main, __doc__)

@@ -1,0 +1,308 @@
+"""
+Score responses, and use the scores: labels, best of n, rejection sampling, rankings.
+
+    python -m lab.judge score out/reward_demo pairs.jsonl        # scores; the accuracy on pairs
+    python -m lab.judge label out/rm1,out/rm2 pairs.jsonl        # p = sigma(r_1 - r_2), for DPO
+    python -m lab.judge best out/reward_demo samples.jsonl       # best of n, for SFT
+    python -m lab.judge reject out/reward_demo samples.jsonl --beta=0.5     # rejection sampling, for SFT
+    python -m lab.judge rank out/reward_demo samples.jsonl --labels=sample  # to pairs or rankings
+
+    python -m lab.judge score|label|best|reject|rank JUDGE FILE [--name=value ...]
+
+A judge is one of these, or several with commas between them, whose scores are averaged:
+
+    gold                 the gold reward of lab/films.py
+    out/reward_demo      a reward model's run
+    out/dpo_demo         any other run: its objective's implicit reward; DPO's is beta log pi/pi_ref
+    mine.py:kindness     your function: kindness(prompt, [response, ...]) -> a number for each
+
+FILE is anything that prepare.py reads, or completions as `sample.py --n=16 --out=samples.jsonl`
+writes them. best, reject and rank take all responses to one prompt together. They and label write
+what prepare.py reads. A difference of two scores is the log-odds that the first response is better.
+Left out: responses of a chat that are longer than one message, in completions.
+"""
+import inspect
+import json
+import os
+import pkgutil
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+
+import train
+from configurator import InputError, atomic_write, configure, first_line, run, run_config
+from lab import films
+from prepare import NUMBERS, parse, read_record, read_source, text_of, tokenize
+from tokenizer import get_tokenizer
+from weights import find, load, load_checkpoint, tokenizer_of
+
+LABELS = ('best', 'sample', 'soft')      # see `rank`
+
+# --------------------------------------------------------------------------------------------------
+# Runs: the Config that a checkpoint was trained with, and its reference
+
+
+def read_run(name):
+    """-> (the run's Config, its checkpoint). Raises InputError where `name` is no run."""
+    path = find(name)
+    if os.path.isdir(path):
+        raise InputError(f'{name}: not a run of train.py, which knows its objective and reference')
+    checkpoint, cfg = load_checkpoint(path), train.Config()
+    options = dict(checkpoint['config'])
+    for field in fields(train.Config):
+        setattr(cfg, field.name, options.pop(field.name))
+    cfg.options = options
+    try:                                 # saved by name: module.function
+        cfg.model_class = pkgutil.resolve_name(cfg.model_class)
+        cfg.loss = pkgutil.resolve_name(cfg.loss) if '.' in cfg.loss else cfg.loss
+    except (ImportError, AttributeError, ValueError) as e:
+        raise InputError(f'{path}: its loss or model_class is not there ({first_line(e)})')
+    return cfg, checkpoint
+
+
+def load_reference(cfg, checkpoint):
+    """The reference of a run, provided that its weights are still the same."""
+    name = cfg.reference_from or cfg.init_from
+    if isinstance(name, dict):
+        raise InputError(f'{cfg.out_dir}: began with a random model, which is not saved')
+    reference = load(name, cfg.model_class)
+    if checkpoint.get('reference', '') not in ('', train.fingerprint_of(reference)):
+        raise InputError(f'{name}: not the reference that {cfg.out_dir} was trained with')
+    return reference
+
+
+# --------------------------------------------------------------------------------------------------
+# Judges: functions (n prompts, n lists of responses) -> n arrays of scores
+
+
+def load_judge(names, device=''):
+    """The judge of that name, see the top of this file. Raises InputError where there is none."""
+    judges = [load_one(name, device) for name in names.split(',')]
+
+    def judge(prompts, responses):
+        scores = [one(prompts, responses) for one in judges]
+        return [np.mean(each, axis=0) for each in zip(*scores)]
+    return judge
+
+
+def load_one(name, device):
+    if name == 'gold':
+        return function_judge(lambda prompt, texts: films.gold_rewards(prompt, texts), name)
+    path, colon, function = name.rpartition('.py:')
+    if not colon:
+        return run_judge(name, device)
+    functions = run_config(path + '.py')
+    if function not in functions:
+        raise InputError(f'judge: {path}.py has no function {function!r}')
+    return function_judge(functions[function], name)
+
+
+def function_judge(function, name):
+    """A function (prompt, responses) -> scores as a judge, which checks what it returns."""
+    def score(prompt, responses):
+        try:
+            scores = np.asarray(function(prompt, list(responses)), dtype=np.float64)
+        except Exception as e:           # the user's code
+            raise InputError(f'judge: {name}: {first_line(e)}')
+        if scores.shape != (len(responses),) or not np.isfinite(scores).all():
+            raise InputError(f'judge: {name} must return a finite number for each of '
+                             f'{len(responses)} responses, and returned {str(scores)[:100]}')
+        return scores
+    return lambda prompts, responses: [score(*each) for each in zip(prompts, responses)]
+
+
+def run_judge(name, device):
+    """A run of train.py: the rewards that its objective reports. For a reward model's run they are
+    the model's; for others the implicit rewards, such as beta log pi/pi_ref."""
+    cfg, checkpoint = read_run(name)
+    cfg.device, cfg.dtype, cfg.compile, cfg.tokens_per_batch = device, 'float32', False, 0
+    cfg.truncation = 'cut'               # a response that does not fit gets a score, too
+    train.setup_machine(cfg)
+    tokenizer = get_tokenizer(tokenizer_of(name))
+    models = [load(name, cfg.model_class).to(cfg.device)]
+    if train.asks_for(cfg, 'reference'):
+        models.append(load_reference(cfg, checkpoint).to(cfg.device))
+
+    def judge(prompts, responses):
+        pairs = [(ids, [tokens]) for prompt, texts in zip(prompts, responses)
+                 for ids, tokens in encode(prompt, texts, tokenizer, cfg)]
+        logps, *reference_logps = (sum_logps(model, pairs, cfg) for model in models)    # (N, 1) each
+        lengths = torch.tensor([[len(tokens)] for _, (tokens,) in pairs])
+        numbers = {number: torch.full((len(pairs),), x) for number, x in NUMBERS.items()}
+        rewards = train.apply_loss(cfg, logps, *reference_logps or [None], lengths, numbers)[1]
+        if rewards is None:
+            raise InputError(f'judge: {name} was trained with a loss that has no rewards')
+        ends = np.cumsum([len(texts) for texts in responses])
+        return np.split(rewards.double().numpy(), ends[:-1])
+    return judge
+
+
+def encode(prompt, responses, tokenizer, cfg):
+    """Text or messages, texts -> [(prompt ids, response ids), ...], as prepare.py makes them."""
+    prompt, responses, *_ = read_record(dict(prompt=prompt, responses=responses), cfg.template)
+    found = [tokenize(prompt, [response], tokenizer, cfg) for response in responses]
+    if found[0][0] is None:
+        raise InputError(f'judge: a prompt is {found[0][2][0]}')
+    return [(ids, tokens[0]) for ids, tokens, _ in found]
+
+
+@torch.no_grad()
+def sum_logps(model, pairs, cfg):
+    """log pi(y|x), or a reward model's r(x, y), of [(prompt, [response]), ...]: (N, 1)."""
+    sums = torch.zeros(len(pairs), 1)
+    with train.progress('judging', len(pairs)) as bar:
+        for i in range(0, len(pairs), 256):
+            rows = np.arange(i, min(i + 256, len(pairs)))
+            for members, batch in train.batches(pairs, rows, 1, cfg):
+                sums[members] = batch.sum_by_response(model.token_logps(batch)).cpu()
+                bar.update(len(members))
+    return sums
+
+
+# --------------------------------------------------------------------------------------------------
+# Verbs: (responses to a prompt, their scores, rng, options) -> (responses, p), or None: no record
+
+
+def label(responses, scores, rng):
+    """A pair with Bradley-Terry's probability that its first response is better."""
+    if len(responses) != 2:
+        raise InputError(f'label: a prompt with {len(responses)} responses, not 2')
+    return responses, sigmoid(scores[0] - scores[1])
+
+
+def best(responses, scores, rng):
+    return [responses[scores.argmax()]], 1.0
+
+
+def reject(responses, scores, rng, beta=1.0):
+    """The first that rejection sampling accepts: one response, or easy prompts would count more."""
+    return [responses[accept(scores, beta, rng).argmax()]], 1.0
+
+
+def rank(responses, scores, rng, labels='best'):
+    """All responses, best first. labels 'best': by score. 'sample': drawn from the Plackett-Luce
+    model of the scores, for two responses Bradley-Terry's (sorting by score plus Gumbel noise draws
+    from it). 'soft': the best and the worst, with Bradley-Terry's probability as p."""
+    if all(response == responses[0] for response in responses):
+        return None
+    noise = rng.gumbel(size=len(scores)) if labels == 'sample' else 0.0
+    order = np.argsort(-(scores + noise), kind='stable')
+    if labels == 'soft':
+        order = order[[0, -1]]
+    p = sigmoid(scores[order[0]] - scores[order[1]]) if labels == 'soft' else 1.0
+    return [responses[i] for i in order], p
+
+
+def sigmoid(x):
+    return float(1 / (1 + np.exp(-np.clip(x, -700, 700))))
+
+
+def accept(scores, beta, rng):
+    """Rejection sampling (Liu et al. 2023, arXiv:2309.06657): which of n samples of pi_ref to keep,
+    each with probability exp((r - max r) / beta), to have samples of pi_ref exp(r/beta)/Z.
+
+    That is exact where max r is the largest reward of all; here it is the largest of these n, so
+    few samples tilt too little."""
+    return rng.random(len(scores)) < np.exp((scores - scores.max()) / beta)
+
+
+def as_record(prompt, responses, p=1.0):
+    """A record of a shape that prepare.py knows."""
+    record = dict(prompt=prompt, responses=responses)
+    if len(responses) <= 2:
+        record = dict(prompt=prompt) | dict(zip(('chosen', 'rejected'), responses))
+    return record | (dict(p=p) if p != 1 else {})
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
+
+VERBS = dict(label=label, best=best, reject=reject, rank=rank)
+
+
+@dataclass
+class Options:                 # and those of the verb: its function's last parameters
+    out: str = ''              # a .jsonl file; empty: FILE's name with the verb in it
+    seed: int = 1337
+    device: str = ''           # empty: cuda where there is one, else cpu
+
+
+def verb_options(verb):
+    parameters = inspect.signature(VERBS[verb]).parameters if verb in VERBS else {}
+    return {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+
+
+def read_texts(stream, grouped=False):
+    """Records or completions -> [(prompt, responses), ...]; `grouped`: one entry for each prompt.
+    A prompt is text or messages. Completions that did not come to their end are left out."""
+    entries, groups, models, unfinished = [], {}, set(), 0
+    for where, raw in stream:
+        try:
+            record = parse(raw)
+            if isinstance(record, dict) and 'response' in record:
+                models.add(record.get('model'))
+                if record.get('ended') is False or not str(record['response']).strip():
+                    unfinished += 1
+                    continue
+                prompt, responses = text_of(record.get('prompt'), 'prompt'), [record['response']]
+            else:
+                prompt, responses, *_ = read_record(record)
+        except InputError as e:
+            raise InputError(f'{where}: {e}')
+        if grouped and len(models) > 1:
+            raise InputError(f'{where}: completions of a second model')
+        # a chat's response is a list of messages, mostly of one
+        texts = [r if isinstance(r, str) or len(r) > 1 else r[0]['content'] for r in responses]
+        key = json.dumps(prompt) if grouped else len(entries)
+        if key not in groups:
+            groups[key] = []
+            entries.append((prompt, groups[key]))
+        groups[key] += texts
+    if unfinished:
+        print(f'{unfinished:,} completions without an end, or blank, left out')
+    if not entries:
+        raise InputError('there is no record to judge')
+    return entries
+
+
+def summary(scores):
+    """Mean and deviation; where records have several responses, how often the first beats the last."""
+    every = np.concatenate(scores)
+    text = f'{len(every):,} responses, scores {every.mean():+.4f} +- {every.std():.4f} (deviation)'
+    pairs = np.array([(each[0], each[-1]) for each in scores if len(each) > 1])     # (n, 2)
+    if len(pairs):
+        right = ((pairs[:, 0] > pairs[:, 1]) + 0.5 * (pairs[:, 0] == pairs[:, 1])).mean()
+        error = np.sqrt(right * (1 - right) / len(pairs))
+        text += f'; chosen above rejected in {right:.1%} +- {error:.1%} of {len(pairs):,} pairs'
+    return text
+
+
+def main(argv):
+    verbs = '|'.join(['score', *VERBS])
+    if len(argv) < 3 or argv[0] not in verbs.split('|') or any(a.startswith('-') for a in argv[:3]):
+        raise InputError(f'usage: python -m lab.judge {verbs} JUDGE FILE [--name=value ...]')
+    verb, names, path = argv[:3]
+    o = configure(Options, argv[3:], lambda o: verb_options(verb))
+    if o.options.get('beta', 1) <= 0:
+        raise InputError(f'beta: {o.options["beta"]} is not above 0')
+    if o.options.get('labels', 'best') not in LABELS:
+        raise InputError(f'labels: {o.options["labels"]!r} is not one of {", ".join(LABELS)}')
+    folder, file = os.path.split(path) if os.path.exists(path) else ('', os.path.basename(path))
+    out = o.out or os.path.join(folder, f'{file.split(".")[0]}-{verb}.jsonl')
+    judge, rng = load_judge(names, o.device), np.random.default_rng(o.seed)
+    entries = read_texts(read_source(path), grouped=verb not in ('score', 'label'))
+    scores, records = judge(*zip(*entries)), []
+    for (prompt, responses), each in zip(entries, scores):
+        if verb == 'score':
+            records.append(dict(prompt=prompt, responses=responses, scores=each.tolist()))
+        elif (found := VERBS[verb](responses, each, rng, **o.options)) is not None:
+            records.append(as_record(prompt, *found))
+    with atomic_write(out) as f:
+        f.writelines(json.dumps(record) + '\n' for record in records)
+    print(summary(scores))
+    print(f'{len(records):,} records of {len(entries):,} -> {out}')
+
+
+if __name__ == '__main__':
+    run(main, __doc__)
