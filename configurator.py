@@ -86,8 +86,8 @@ def run_config(path):
         raise
     except Exception as e:
         frames = traceback.extract_tb(e.__traceback__)
-        line = e.lineno if isinstance(e, SyntaxError) else max(
-            [frame.lineno for frame in frames if frame.filename == path], default=0)
+        lines = [0] + [frame.lineno for frame in frames if frame.filename == path]
+        line = e.lineno if isinstance(e, SyntaxError) else lines[-1]
         raise InputError(f'{path} line {line}: {first_line(e)}')
 
 

@@ -50,7 +50,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import InputError, configure, first_line, run
-from tokenizer import ASSISTANT, MARK, get_tokenizer, plain_chat
+from tokenizer import ASSISTANT, MARK, Tokenizer, get_tokenizer, plain_chat
 
 CHUNK = 2**20           # bytes of records that a worker takes at a time
 # Numbers that a record may have, with their defaults. An objective asks for one by its name.
@@ -100,7 +100,7 @@ def number_of(record, key, low=-3e38, high=3e38):
     """record[key] as a float; text of a number, as in CSV, will do."""
     try:
         value = float(record[key])
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = math.nan
     if not low <= value <= high:
         allowed = f' from {low:g} to {high:g}' if high < 3e38 else ''
@@ -113,6 +113,8 @@ def chat_of(value, key):
     if isinstance(value, str):
         return [dict(role='assistant', content=text_of(value, key))]
     messages = []
+    if value == []:
+        raise InputError(f'{key!r} is a list without a message')
     for m in value if isinstance(value, list) else [value]:
         role, content = None, None
         if isinstance(m, dict):
@@ -138,6 +140,11 @@ def split_transcripts(chosen, rejected):
     return chosen[:at], responses, notes
 
 
+def is_whole_chat(response):
+    """Does it begin with the prompt? UltraFeedback's do, and its "messages" repeat one of them."""
+    return isinstance(response, list) and chat_of(response, 'chosen')[0]['role'] != 'assistant'
+
+
 def split_chats(prompt, chats):
     """A prompt (messages, text or None) and chats -> (prompt, answers), lists of messages."""
     shared = 0
@@ -158,23 +165,24 @@ def split_chats(prompt, chats):
 
 
 def responses_of(r):
-    """A record's responses, best first, and p where its preference says it, else None."""
+    """A record's responses by their keys, best first; and p where its preference says it, else None."""
     if 'responses' in r:
         responses, scores = r['responses'], r.get('scores')
         if not isinstance(responses, list) or not responses:
             raise InputError(f"'responses' is {brief(responses)}, not a list, best first")
         if scores is None:
-            return responses, None
+            return [('responses', response) for response in responses], None
         if not isinstance(scores, list) or len(scores) != len(responses):
             raise InputError("'scores' needs a number for each of the 'responses'")
         scores = [number_of(dict(scores=score), 'scores') for score in scores]
-        return [responses[i] for i in np.argsort(-np.array(scores), kind='stable')], None
+        order = np.argsort(-np.array(scores), kind='stable')
+        return [('responses', responses[i]) for i in order], None
     if 'output_1' in r and 'output_2' in r and 'preference' in r:
         p = 2 - number_of(r, 'preference', 1, 2)
-        outputs = [r['output_1'], r['output_2']]
+        outputs = [(key, r[key]) for key in ('output_1', 'output_2')]
         return (outputs, p) if p >= 0.5 else (outputs[::-1], 1 - p)
     names = ('response_j', 'response_k') if 'response_j' in r else ('chosen', 'rejected')
-    return [r[name] for name in names if name in r], None
+    return [(name, r[name]) for name in names if name in r and names[0] in r], None
 
 
 def read_record(record, template='', label_from_scores=False):
@@ -184,33 +192,33 @@ def read_record(record, template='', label_from_scores=False):
     if not isinstance(record, dict):
         raise InputError(f'a record is an object with keys, not a {type(record).__name__}')
     r = {key: value for key, value in record.items() if value is not None}    # Parquet's gaps
-    (responses, p), notes = responses_of(r), []
+    (keyed, p), notes = responses_of(r), []
+    texts = all(isinstance(response, str) for _, response in keyed)
     prompt, chat = r.get('prompt'), r.get('messages', r.get('conversations'))
     single = r.get('instruction', r.get('question'))
-    if chat is not None:
+    if chat is not None and not (keyed and is_whole_chat(keyed[0][1])):
         prompt = chat_of(chat, 'messages')
-        if not responses:                # no comparison: the last turn is the response
-            prompt, responses = prompt[:-1], [prompt[-1:]]
+        if not keyed:                    # no comparison: the last turn is the response
+            prompt, keyed, texts = prompt[:-1], [('messages', prompt[-1:])], False
     elif isinstance(prompt, list):
         prompt = chat_of(prompt, 'prompt')
     elif prompt is None and single is not None:
         text = text_of(single, 'instruction') + (f'\n{r["input"]}' if r.get('input') else '')
         prompt = [dict(role='user', content=text)]
-    elif prompt is not None and template == 'chat':
+    elif prompt is not None and template == 'chat' and texts:
         prompt = [dict(role='user', content=text_of(prompt, 'prompt'))]
-    texts = all(isinstance(response, str) for response in responses)
-    if not responses or (prompt is None and len(responses) != 2):
+    if not keyed or (prompt is None and len(keyed) != 2):
         keys = ', '.join(map(brief, record))[:200] or 'none'
         raise InputError(f'no shape fits the keys {keys}; known are: {SHAPES} '
                          '(or set convert, a function that makes one of them)')
     if prompt is None and texts:
-        prompt, responses, notes = split_transcripts(*(text_of(v, 'chosen') for v in responses))
+        prompt, responses, notes = split_transcripts(*(text_of(value, key) for key, value in keyed))
     elif texts and not isinstance(prompt, list):
-        prompt, responses = text_of(prompt, 'prompt'), [text_of(v, 'chosen') for v in responses]
+        prompt, responses = text_of(prompt, 'prompt'), [text_of(value, key) for key, value in keyed]
     else:
-        prompt, responses = split_chats(prompt, [chat_of(v, 'chosen') for v in responses])
+        prompt, responses = split_chats(prompt, [chat_of(value, key) for key, value in keyed])
     numbers = NUMBERS | ({} if p is None else dict(p=p))
-    numbers |= {name: number_of(r, name) for name in NUMBERS if name in r}
+    numbers |= {name: number_of(record, name) for name in NUMBERS if name in r}
     number_of(numbers, 'p', 0, 1)
     keys = ('chosen_score', 'rejected_score')
     keys = ('score_chosen', 'score_rejected') if 'score_chosen' in r else keys     # UltraFeedback
@@ -247,7 +255,7 @@ def read_list(path):
 
 def read_table(path):
     name = os.path.basename(path)
-    with open(path, encoding='utf-8', newline='') as f:
+    with open(path, encoding='utf-8-sig', newline='') as f:    # spreadsheets begin with a mark
         rows = csv.DictReader(f, dialect='excel-tab' if path.endswith('.tsv') else 'excel')
         for row in rows:
             yield f'{name} line {rows.line_num}', {key: value for key, value in row.items() if value}
@@ -292,7 +300,9 @@ def read_source(source, split=''):
 
 
 def parse(raw):
-    """bytes of JSON -> an object; an object stays as it is."""
+    """bytes of JSON -> an object; an object stays as it is; an error of `converted` is raised."""
+    if isinstance(raw, InputError):
+        raise raw
     try:
         return json.loads(raw.decode()) if isinstance(raw, bytes) else raw
     except (ValueError, RecursionError) as e:
@@ -301,13 +311,22 @@ def parse(raw):
 
 def converted(stream, convert):
     """The stream's records through the user's function; None leaves a record out."""
-    for where, raw in stream:
+    for number, where, raw in stream:
         try:
             record = convert(parse(raw))
+        except InputError as e:
+            record = e
         except Exception as e:    # the user's code
-            raise InputError(f'{where}: convert: {first_line(e)}')
+            record = InputError(f'convert: {first_line(e)}')
         if record is not None:
-            yield where, record
+            yield number, where, record
+
+
+def records_of(cfg):
+    """cfg.dataset's records, converted -> a stream of (number in the source from 0, where, raw)."""
+    source = enumerate(read_source(cfg.dataset, cfg.split))
+    stream = ((number, where, raw) for number, (where, raw) in source)
+    return stream if cfg.convert is None else converted(stream, cfg.convert)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -373,7 +392,9 @@ def tokenize_chat(prompt, responses, tokenizer, longest):
         rest = chat.removeprefix(text)
         if rest == chat or answer[-1]['content'].strip() not in rest.replace(MARK, ''):
             raise InputError(f"the chat template of {tokenizer.name} drops the assistant's turn")
-        answers.append(tokenizer.encode_rendered(rest))
+        joined = tokenizer.encode_rendered(chat)           # some tokenizers open a text with a space
+        answers.append(joined[len(ids):] if np.array_equal(joined[:len(ids)], ids)
+                       else tokenizer.encode_rendered(rest))
     return ids, answers, notes
 
 
@@ -426,7 +447,7 @@ def encode_chunk(chunk, cfg, K=None):
 
 def chunks_of(stream):
     chunk, size = [], 0
-    for number, (where, raw) in enumerate(stream):
+    for number, where, raw in stream:
         chunk.append((number, where, raw))
         size += len(raw) if isinstance(raw, bytes) else 2000
         if size > CHUNK:
@@ -487,7 +508,8 @@ def prepare(cfg):
                 if f.name not in ('convert', 'data_dir')}
     settings['tokenizer'] = cfg.tokenizer or 'gpt2'
     tokenizer = get_tokenizer(settings['tokenizer'])
-    made_of = [settings, source_text(prepare), cfg.convert and source_text(cfg.convert)]
+    made_of = [settings, source_text(prepare), source_text(Tokenizer),
+               cfg.convert and source_text(cfg.convert)]
     made_of += [[os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in
                 [cfg.dataset, *sorted(glob.glob(os.path.join(settings['tokenizer'], '*token*'))),
                  os.path.join(settings['tokenizer'], 'chat_template.jinja')] if os.path.isfile(path)]
@@ -496,8 +518,7 @@ def prepare(cfg):
     folder = os.path.join(cfg.data_dir, f'{stem}-{key}')
     if os.path.exists(os.path.join(folder, 'meta.json')):
         return folder
-    stream = read_source(cfg.dataset, cfg.split)
-    stream = stream if cfg.convert is None else converted(stream, cfg.convert)
+    stream = records_of(cfg)
     print(f'preparing {cfg.dataset} -> {folder}', flush=True)
     part = f'{folder}.part-{os.getpid()}'
     try:
@@ -587,7 +608,7 @@ def show(cfg, n):
     """Print the first n records as training sees them: where a response begins, and what was cut."""
     check_data(cfg)
     tokenizer = get_tokenizer(cfg.tokenizer or 'gpt2')
-    for where, raw in itertools.islice(read_source(cfg.dataset, cfg.split), n):
+    for _, where, raw in itertools.islice(records_of(cfg), n):
         try:
             _, ids, responses, numbers, notes = encode_record(raw, tokenizer, cfg)
         except InputError as e:

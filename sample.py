@@ -13,13 +13,14 @@ Left out: serving, beam search, streaming.
 """
 import json
 import os
-from dataclasses import dataclass, fields
+import sys
+from dataclasses import dataclass
 
 import torch
 
-from configurator import InputError, atomic_write, configure, run
-from model import ChunkedLogps, bias_of, pack, pieces_mask
-from prepare import Data, Pairs, parse, prepare, read_source, text_of
+from configurator import InputError, atomic_write, configure, first_line, run
+from model import bias_of, pack, pieces_mask
+from prepare import Pairs, parse, read_source, text_of
 from tokenizer import get_tokenizer
 from weights import find, load, load_checkpoint, tokenizer_of
 
@@ -78,7 +79,7 @@ def generate(model, prompts, max_new_tokens, ends, temperature=1.0, top_k=0, top
     live = torch.ones(B, dtype=torch.bool, device=device)
     responses = [[] for _ in prompts]
     for _ in range(max_new_tokens):
-        logits = ChunkedLogps.product(x, model.head_weight.t())                 # (rows, V)
+        logits = x.float() @ model.head_weight.float().t()                      # (rows, V)
         uniform = torch.rand(B, generator=rng).to(device)[rows]
         tokens = draw(logits, temperature, top_k, top_p, uniform)               # (rows,)
         for row, token, alive in zip(rows.tolist(), tokens.tolist(), live.tolist()):
@@ -169,8 +170,7 @@ def validation_prompts(name):
     path = find(name)
     if os.path.isdir(path):
         raise InputError(f"prompts: 'val' needs a run's folder, and {name} is none")
-    config = load_checkpoint(path)['config']
-    pairs = Pairs(prepare(Data(**{f.name: config[f.name] for f in fields(Data)})))
+    pairs = Pairs(load_checkpoint(path)['prepared'])
     return [pairs[i][0].tolist() for i in pairs.val]
 
 
@@ -179,14 +179,21 @@ def read_prompts(o, name, tokenizer):
         return validation_prompts(name)[:o.limit or None]
     texts = [o.prompt.replace('\\n', '\n')] if o.prompt else []
     if o.prompts.endswith('.txt'):
-        with open(o.prompts, encoding='utf-8') as f:
-            texts = [line.rstrip('\n') for line in f if line.strip()]
+        try:
+            with open(o.prompts, encoding='utf-8') as f:
+                texts = [line.rstrip('\n') for line in f if line.strip()]
+        except (OSError, UnicodeDecodeError) as e:
+            raise InputError(f'prompts: {o.prompts} cannot be read ({first_line(e)})')
     elif o.prompts:
         for where, raw in read_source(o.prompts):
-            record = parse(raw)
-            if not isinstance(record, dict) or 'prompt' not in record:
-                raise InputError(f"{where}: no 'prompt'")
-            texts.append(text_of(record['prompt'], 'prompt'))
+            try:
+                record = parse(raw)
+                if not isinstance(record, dict) or 'prompt' not in record:
+                    raise InputError("no 'prompt'")
+                texts.append(text_of(record['prompt'], 'prompt'))
+                texts[-1].encode()
+            except (InputError, UnicodeEncodeError) as e:
+                raise InputError(f'{where}: {e}')
     return [encode_prompt(text, tokenizer, o.template) for text in texts[:o.limit or None]]
 
 
@@ -213,7 +220,7 @@ def text_and_end(tokens, tokenizer):
 def chat(model, o, tokenizer):
     print('your turn; an empty line ends')
     turns, room = [], model.config.block_size - 1
-    while text := input('> ').strip():
+    while text := sys.stdin.readline().strip():
         turns.append(dict(role='user', content=text))
         ids = tokenizer.encode_turns(turns).tolist()[-room:]
         tokens = generate(model, [ids], o.max_new_tokens, tokenizer.ends,
@@ -237,6 +244,8 @@ def main(argv):
         raise InputError('give one of --prompt, --prompts and --chat')
     tokenizer = get_tokenizer(o.tokenizer or tokenizer_of(names[0]))
     device = o.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    if device != 'cpu' and not (device == 'cuda' and torch.cuda.is_available()):
+        raise InputError(f'device {device!r} is not available here; use cpu')
     models = [load(name).to(device) for name in names]
     for name, model in zip(names, models):
         if tokenizer.n_vocab > model.config.vocab_size:

@@ -23,7 +23,7 @@ from configurator import InputError, first_line, read_json
 
 END = '<|endoftext|>'
 ASSISTANT = '\n\nAssistant:'
-MARK = '\ue000'         # a private-use character
+MARK = '\ufdd0'         # a code point that is no character, so no text has it
 
 
 class Tokenizer:
@@ -45,20 +45,24 @@ class Tokenizer:
             self.hf = tokenizers.Tokenizer.from_file(os.path.join(name, 'tokenizer.json'))
         except Exception as e:           # the library raises plain Exceptions
             raise InputError(f'{name}/tokenizer.json: not a tokenizer ({first_line(e)})')
+        self.hf.no_truncation()
+        self.hf.no_padding()
         config, generation = (read_json(os.path.join(name, f'{file}.json'), missing={})
                               for file in ('tokenizer_config', 'generation_config'))
         words = {key: word['content'] if isinstance(word, dict) else word
                  for key, word in config.items()
                  if re.fullmatch('(bos|eos|unk|pad)_token', key) and word}
-        ends = generation.get('eos_token_id', [])
-        ends = ends if isinstance(ends, list) else [ends]
+        ends = generation.get('eos_token_id')
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         eos = self.hf.token_to_id(words.get('eos_token', ''))
         if eos is None and not ends:
             raise InputError(f'{name}: tokenizer_config.json has no eos_token')
         self.n_vocab, self.eot = self.hf.get_vocab_size(), ends[0] if eos is None else eos
         self.ends = {self.eot, *ends}
         self.bos = self.hf.token_to_id(words.get('bos_token', ''))
-        self.begin = self.hf.encode('').ids[:1]
+        probe = self.hf.encode('a', add_special_tokens=False).ids
+        opened = self.hf.encode('a').ids
+        self.begin = opened[:opened.index(probe[0])]
         added = self.hf.get_added_tokens_decoder().items()
         self.special = {t.content: i for i, t in added if t.special}
         longest_first = sorted(self.special, key=len, reverse=True)
@@ -79,6 +83,7 @@ class Tokenizer:
         if self.encoding is not None:
             return self.encoding.encode_to_numpy(text, disallowed_special=())
         self.hf.encode_special_tokens = True
+        text.encode()                    # raises UnicodeEncodeError, as tiktoken does
         return np.array(self.hf.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
 
     def decode(self, ids):
@@ -93,7 +98,8 @@ class Tokenizer:
             return found[0][0] + MARK + found[0][1:]
         marked = [m | dict(content=self.special_words.sub(mark, m['content'])) for m in messages]
         try:
-            return self.template.render(messages=marked, add_generation_prompt=opening)
+            return self.template.render(messages=marked, add_generation_prompt=opening,
+                                        tools=None, documents=None)
         except Exception as e:           # the template's raise_exception, or a mistake in it
             raise InputError(f'the chat template of {self.name} fails ({first_line(e)})')
 
@@ -101,11 +107,12 @@ class Tokenizer:
         """Messages -> ids, up to where the assistant's answer begins."""
         if self.template is not None:
             return self.encode_rendered(self.render(messages, opening=True))
-        return self.encode(plain_chat(messages) + ASSISTANT)
+        return np.append(self.begin, self.encode(plain_chat(messages) + ASSISTANT)).astype(np.uint32)
 
     def encode_rendered(self, text):
         """Text of the template -> (n,) ids: its special tokens are tokens, those of messages are
-        text."""
+        text. Where there are such, a tokenizer that opens a text with a space (Llama 2's) reads one
+        after every special token."""
         if MARK in text:
             parts = re.split(f'({self.special_words.pattern})', text)
             return np.concatenate([
@@ -127,6 +134,7 @@ def compile_template(source, name, words):
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     if isinstance(source, list):         # several, by name
         source = next((t['template'] for t in source if t['name'] == 'default'), '')
+    source = re.sub(r'{%-?\s*(end)?generation\s*-?%}', '', source)   # marks what to train on
     sandbox = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols'])
 

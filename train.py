@@ -188,7 +188,7 @@ def check_fit(cfg, model, tokenizer, pairs):
         raise InputError(f'dataset: {cfg.dataset} has {pairs.K} responses to a prompt; the loss '
                          'compares two')
     for name, default in NUMBERS.items():
-        ignored = compares(cfg) and not asks_for(cfg, name)
+        ignored = compares(cfg) and name not in signature_of(cfg)
         if ignored and (table[name] != np.float32(default)).any():
             raise InputError(f'dataset: {cfg.dataset} has {name} other than {default}; the loss '
                              'ignores it')
@@ -289,11 +289,12 @@ def cached_logps(model, fingerprint, pairs, rows, cfg):
     made_of = [fingerprint, pairs.meta['hash'], cfg.dtype, cfg.device, cfg.compile, source]
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
     path = os.path.join(cfg.data_dir, f'reference-{key}.f32')
-    lengths = pairs.table['responses'].sum(1, dtype=np.int64)
+    each = pairs.table['responses'].astype(np.int64)       # (pairs, K)
+    lengths = each.sum(1)
     start = np.cumsum(lengths) - lengths                   # where a pair's tokens are in the file
 
-    def places(rows):
-        return np.concatenate([np.arange(start[i], start[i] + lengths[i]) for i in rows])
+    def places(rows, K):
+        return np.concatenate([np.arange(start[i], start[i] + each[i, :K].sum()) for i in rows])
 
     if RANK == 0 and not os.path.exists(path):
         with atomic_write(path, 'wb') as f:    # preallocate: no SIGBUS at an mmap write later
@@ -309,12 +310,15 @@ def cached_logps(model, fingerprint, pairs, rows, cfg):
     with progress('reference', len(mine)) as bar:
         for i in range(0, len(mine), 256):                 # enough pairs to fill batches well
             for members, batch in batches(pairs, mine[i:i + 256], pairs.K, cfg):
-                table[places(members)] = logps(members, batch).cpu().numpy()
+                table[places(members, pairs.K)] = logps(members, batch).cpu().numpy()
                 bar.update(len(members))
             table.flush()
     if WORLD > 1:
         dist.barrier()
-    return lambda rows, batch: torch.from_numpy(table[places(rows)]).to(batch.tokens.device)
+
+    def lookup(rows, batch):
+        return torch.from_numpy(table[places(rows, batch.lengths.size(1))]).to(cfg.device)
+    return lookup
 
 
 def make_reference(model, pairs, rows, cfg):
@@ -490,6 +494,15 @@ def save_checkpoint(path, model, cfg, **state):
                         config=plain_settings(cfg), **state), f)
 
 
+def restore(model, path):
+    """Load the weights of a checkpoint -> the checkpoint. Raises InputError for another shape."""
+    checkpoint = load_checkpoint(path)
+    if checkpoint['model_config'] != asdict(model.config):
+        raise InputError(f'{path}: a model of another shape than init_from')
+    model.load_state_dict(checkpoint['model'])
+    return checkpoint
+
+
 def check_resume(checkpoint, path, cfg, state):
     """Raise InputError where the checkpoint is of another run than cfg's."""
     if 'optimizer' not in checkpoint:
@@ -579,7 +592,7 @@ def evaluate_only(cfg, model, policy, reference, pairs, ckpt):
     """Metrics of out_dir's run, or of init_from where there is none, and eval.jsonl."""
     name = cfg.init_from
     if os.path.exists(ckpt):
-        model.load_state_dict(load_checkpoint(name := ckpt)['model'])
+        restore(model, name := ckpt)
     path = os.path.join(cfg.out_dir, 'eval.jsonl')
     os.makedirs(cfg.out_dir, exist_ok=True)
     metrics = evaluate(policy, reference, pairs, pairs.val, cfg, path)
@@ -610,11 +623,10 @@ def train(cfg):
 
     optimizer = make_optimizer(model, cfg)
     state = dict(step=0, best=math.inf, evaluated=-1, first={}, metrics={}, log_bytes=0,
-                 data=pairs.meta['hash'], reference=reference_hash)
+                 data=pairs.meta['hash'], prepared=pairs.folder, reference=reference_hash)
     if cfg.resume:
-        checkpoint = load_checkpoint(ckpt)
+        checkpoint = restore(model, ckpt)
         check_resume(checkpoint, ckpt, cfg, state)
-        model.load_state_dict(checkpoint['model'])
         optimizer.load_state_dict(checkpoint['optimizer'])
         state = {name: checkpoint[name] for name in state}
         del checkpoint
@@ -663,7 +675,8 @@ def train(cfg):
             if metrics['eval/loss'] < state['best']:
                 state['best'] = metrics['eval/loss']
                 if RANK == 0:
-                    save_checkpoint(os.path.join(cfg.out_dir, 'best.pt'), model, cfg, step=step)
+                    save_checkpoint(os.path.join(cfg.out_dir, 'best.pt'), model, cfg, step=step,
+                                    metrics=metrics, prepared=pairs.folder)
         if (due or halt) and RANK == 0:
             os.fsync(log.fileno())
             state['log_bytes'] = log.tell()

@@ -95,7 +95,7 @@ def load(name, model_class=GPT):
     state = {}
     for ours, p in model.named_parameters():
         names, transposed = [ours], False
-        if os.path.isdir(path):
+        if os.path.isdir(path) and ours in needed:
             names, transposed = their_names(ours, config)
         if not all(n in tensors for n in names):
             if ours in needed:

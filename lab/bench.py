@@ -2,7 +2,7 @@
 Speed and memory beside TRL, transformers and tiktoken, on whatever device there is.
 
     python -m lab.bench all                                  # every section; a table at the end
-    python -m lab.bench step memory --pairs=pairs.jsonl      # two sections, your data
+    python -m lab.bench step memory --dataset=pairs.jsonl    # two sections, your data
     python -m lab.bench step --model=llama --dtype=bfloat16  # the shape of SmolLM2-135M
 
     step      pairs/s of an optimiser step: DPO beside TRL's DPOTrainer, SimPO beside CPOTrainer
@@ -26,18 +26,14 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
-import math
 import multiprocessing
 import os
-import platform
 import random
-import re
-import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
-from time import perf_counter
+import time
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -47,93 +43,80 @@ from torch.utils.benchmark import Timer
 import train
 from configurator import InputError, configure, first_line, run
 from model import GPT, GPTConfig
-from prepare import Data, Pairs, prepare
+from prepare import Pairs, prepare
 from sample import generate
 from tokenizer import get_tokenizer
 from weights import load, save
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-LR = 1e-6
 MODELS = dict(
     gpt2=GPTConfig(), tiny=GPTConfig(n_layer=2, n_head=2, n_embd=64),
     llama=GPTConfig(block_size=8192, vocab_size=49152, n_layer=30, n_head=9, n_kv_head=3, n_embd=576,
                     n_inner=1536, norm='rms', gated=True, bias='none', rope_theta=100000.0,
                     model_type='llama'))
-WORDS = 'the of and to in is it you that he was for on are with as his they be at one have'.split()
-TABLE = []                      # rows of the last table
+WORDS = 'the of and to in is it you that he was for on are with as his they be at one'.split()
+CONTESTS, TABLE = {}, []        # what has been measured; rows of the last table
 
 
 @dataclass
-class Options:
-    pairs: str = ''             # a file for prepare.py; empty: random words, as long as HH-harmless's
-    tokenizer: str = 'gpt2'
-    model: str = 'gpt2'         # gpt2 (124M), llama (135M) or tiny
-    device: str = ''            # as in train.py, and so are the next three
-    dtype: str = ''
-    compile: bool | None = None
-    tokens_per_batch: int = 0
-    batch_size: int = 0         # pairs of a step; 0: 8 on a CPU, 64 on a GPU
-    max_length: int = 512       # tokens of a prompt with one response; a prompt may have half of it
-    repeats: int = 3            # rounds that count
+class Options(train.Config):    # the dataset, lengths, device, dtype, compile, ... are train.py's
+    model: str = 'gpt2'         # gpt2 (124M), llama (135M) or tiny; random weights
     losses: str = 'dpo,simpo'
     orders: str = 'own,sorted'  # a fixed random order; steps of pairs of like length
+    repeats: int = 3            # rounds that count
+    warmup: int = 0             # rounds before them; 0: 1 on a CPU, 4 on a GPU
     prompts: int = 16           # generate
     new_tokens: int = 128       # generate
     peers: bool = True          # step and memory: beside TRL, where it is installed
+    # of train.py, with defaults of their own
+    dataset: str = ''           # empty: random words, as long as HH-harmless's texts
+    tokenizer: str = 'gpt2'
+    val_fraction: float = 0.0
+    bad_records: str = 'skip'
+    reference: str = 'live'
+    batch_size: int = 0         # 0: 8 on a CPU, 64 on a GPU
 
 
 def row(section, what, unit, numbers, ratios=(), note=''):
-    """A line now, and again in the last table. `numbers`: ours and, where there are some, theirs;
+    """A line now, and again in the last table. `numbers`: ours and, if it takes part, the peer's;
     `ratios`: how many times better ours is, by round."""
-    ratio = ''
-    if ratios:
-        ratio = f'{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})'
+    ratio = f'{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})' if ratios else ''
     numbers = [f'{x:,.0f}' if x >= 1000 else f'{x:.3g}' for x in numbers]
     TABLE.append([section, what, unit, *(numbers + [''])[:2], ratio, note])
     print('* ' + ', '.join(filter(None, TABLE[-1])))
 
 
-def speed_row(section, what, unit, amount, mine, other=(), note=''):
-    """The speed over all rounds, each with `amount` of `unit`."""
-    speeds = [amount * len(rounds) / seconds(rounds) for rounds in (mine, other) if rounds]
-    ratios = [theirs['seconds'] / ours['seconds'] for ours, theirs in zip(mine, other)]
+def speed_row(section, what, unit, amount, rounds, note=''):
+    """The speed over all rounds, lists of answers of one or two contestants: `amount` in each."""
+    speeds = [amount * len(answers) / seconds(answers) for answers in rounds]
+    ratios = [theirs['seconds'] / mine['seconds'] for mine, theirs in zip(rounds[0], *rounds[1:])
+              ] if len(rounds) > 1 else []
     row(section, what, f'{unit}/s', speeds, ratios, note)
 
 
-def seconds(rounds):
-    return sum(r['seconds'] for r in rounds)
+def seconds(answers):
+    return sum(answer['seconds'] for answer in answers)
 
 
 # --------------------------------------------------------------------------------------------------
 # The pairs, the arithmetic they need, the machine
 
 
-def text_file(o, n):
+def write_texts(path, n=10000):
     """n records of random words: lengths are log-normals fitted to prompt, chosen and rejected of
     HH-harmless's test split (2,312 pairs, GPT-2's tokens)."""
-    path, rng = os.path.join(o.folder, f'texts-{n}.jsonl'), random.Random(4)
-    if not os.path.exists(path):
-        with open(path, 'w') as f:
-            for _ in range(n):
-                sizes = [rng.lognormvariate(*fit) for fit in ((4.38, 1), (3.37, 0.87), (3.56, 0.93))]
-                texts = [' ' + ' '.join(rng.choices(WORDS, k=1 + int(size))) for size in sizes]
-                f.write(json.dumps(dict(zip(('prompt', 'chosen', 'rejected'), texts))) + '\n')
-    return path
+    rng = random.Random(4)
+    with open(path, 'w') as f:
+        for _ in range(n):
+            sizes = [rng.lognormvariate(*fit) for fit in ((4.38, 1), (3.37, 0.87), (3.56, 0.93))]
+            texts = [' ' + ' '.join(rng.choices(WORDS, k=1 + int(size))) for size in sizes]
+            f.write(json.dumps(dict(zip(('prompt', 'chosen', 'rejected'), texts))) + '\n')
 
 
-def prepared(path, tokenizer, data_dir, max_length):
-    return Pairs(prepare(Data(
-        dataset=path, tokenizer=tokenizer, data_dir=data_dir, val_fraction=0.0, max_length=max_length,
-        max_prompt_length=max_length // 2, bad_records='skip')))
-
-
-def get_pairs(o, max_length):
+def get_pairs(cfg):
     """[(prompt, [chosen, rejected]), ...], lists of token ids, in a fixed random order."""
-    path, data_dir = o.pairs or text_file(o, 4096), os.path.join(o.folder, 'data')
-    pairs = prepared(path, o.tokenizer, data_dir, max_length)
+    pairs, end = Pairs(prepare(cfg)), MODELS[cfg.model].vocab_size - 1
     drawn = [pairs[i] for i in np.random.default_rng(2).permutation(pairs.train)]
     # TRL ends each response; to random weights, it matters little which ids the others are
-    end = o.config.vocab_size - 1
     return [((prompt % end).tolist(), [(r[:-1] % end).tolist() + [end] for r in responses])
             for prompt, responses in drawn]
 
@@ -159,13 +142,13 @@ def needed(config, steps, loss):
     return (4 if loss == 'dpo' else 3) * total
 
 
-def matmul_rate(pause, job):
+def matmul_rate(pause, cfg):
     """FLOP/s of the fastest of the model's own matrix products and a square one."""
-    c, best = job.config, 0.0
-    tokens, square = (2048, 2048) if job.device == 'cpu' else (16384, 8192)
+    c, best = MODELS[cfg.model], 0.0
+    tokens, square = (2048, 2048) if cfg.device == 'cpu' else (16384, 8192)
     for m, k, n in ((tokens, c.n_embd, c.n_inner), (tokens, c.n_inner, c.n_embd),
                     (tokens // 4, c.n_embd, c.vocab_size), (square, square, square)):
-        a, b = (torch.randn(shape, device=job.device).to(getattr(torch, job.dtype))
+        a, b = (torch.randn(shape, device=cfg.device).to(getattr(torch, cfg.dtype))
                 for shape in ((m, k), (k, n)))
         timer = Timer('torch.mm(a, b, out=out)', globals=dict(torch=torch, a=a, b=b, out=a @ b),
                       num_threads=torch.get_num_threads())
@@ -177,38 +160,38 @@ def clock(device):
     """The time when the device has done all that it was asked."""
     if device == 'cuda':
         torch.cuda.synchronize()
-    return perf_counter()
+    return time.perf_counter()
 
 
 def peak_memory(device):
-    """The most GiB this process has had so far: tensors on a GPU, or resident memory on Linux."""
+    """The most GiB this process has had so far: tensors on a GPU; resident memory, as Linux has it
+    (ru_maxrss of a child would start at its parent's)."""
     if device == 'cuda':
         return torch.cuda.max_memory_allocated() / 2**30
-    if sys.platform != 'linux':
-        return math.nan
-    with open('/proc/self/status') as f:     # a child's ru_maxrss would start at its parent's
-        return int(re.search(r'VmHWM:\s+(\d+)', f.read())[1]) / 2**20
+    with open('/proc/self/status') as f:
+        return next(int(line.split()[1]) / 2**20 for line in f if line.startswith('VmHWM'))
 
 
 def machine(device):
     """Hardware, versions and commit."""
-    name = torch.cuda.get_device_name() if device == 'cuda' else platform.machine()
-    if device == 'cpu' and os.path.exists('/proc/cpuinfo'):
+    if device == 'cuda':
+        name = torch.cuda.get_device_name()
+    else:
         with open('/proc/cpuinfo') as f:
-            name = next((line.split(': ')[1].strip() for line in f if 'model name' in line), name)
+            name = next((line.split(': ')[1].strip() for line in f if 'model name' in line), 'CPU')
     versions = [f'{library} {importlib.metadata.version(library)}' for library in (
         'torch', 'transformers', 'trl', 'tiktoken') if importlib.util.find_spec(library)]
-    commit = subprocess.run(['git', '-C', ROOT, 'describe', '--always', '--dirty'],
-                            capture_output=True, text=True).stdout.strip()
-    return f'{name}, {torch.get_num_threads()} threads; {", ".join(versions)}; commit {commit}'
+    git = subprocess.run('git describe --always --dirty'.split(), capture_output=True, text=True)
+    return (f'{name}, {torch.get_num_threads()} threads; {", ".join(versions)}; '
+            f'commit {git.stdout.strip()}')
 
 
 # --------------------------------------------------------------------------------------------------
 # Processes that take turns
 
 
-def child(work, conn, job):
-    """Run work(pause, job), where pause(answer) ends a turn and waits for the next."""
+def child(conn, work, *args):
+    """Run work(pause, *args), where pause(answer) ends a turn and waits for the next."""
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
@@ -217,7 +200,7 @@ def child(work, conn, job):
         conn.recv()
     try:
         conn.recv()
-        work(pause, SimpleNamespace(**job))
+        work(pause, *args)
     except EOFError:                         # no further turn
         pass
     except Exception as e:                   # of any library: it ends a section, not the benchmark
@@ -225,8 +208,8 @@ def child(work, conn, job):
 
 
 def take_turns(n, *contestants):
-    """n rounds of each (work, job) -> for each, the list of its answers. A first turn, before any
-    round, is for setting up."""
+    """Run each (work, *args) in a process of its own: a turn to set up, then n rounds -> a list of
+    answers for each; for n = 0 the answer of the first turn."""
     context, running = multiprocessing.get_context('spawn'), []
 
     def turn(conn):
@@ -239,13 +222,14 @@ def take_turns(n, *contestants):
             raise answer
         return answer
     try:
-        for work, job in contestants:
+        first = []
+        for contestant in contestants:
             here, there = context.Pipe()
             running.append(here)
-            context.Process(target=child, args=(work, there, job)).start()
+            context.Process(target=child, args=(there, *contestant)).start()
             there.close()
-            answer = turn(here)
-        rounds = [[turn(conn) for conn in running] for _ in range(n)] or [[answer]]
+            first.append(turn(here))
+        rounds = [[turn(conn) for conn in running] for _ in range(n)] or [first]
     finally:
         for conn in running:
             conn.close()
@@ -266,14 +250,12 @@ def repeat(pause, device, work):
 # Rounds of a step: ours, TRL's
 
 
-def ours(pause, job):
+def ours(pause, cfg, steps):
     """The steps of train.train(), by the same functions."""
-    B, pairs = len(job.steps[0]), list(itertools.chain(*job.steps))
-    settings = dict(job.settings, loss=job.loss, batch_size=B, learning_rate=LR)
-    cfg = train.load_config([f'--{name}={value}' for name, value in settings.items()])
-    cfg.reference = 'live'
+    B, pairs = cfg.batch_size, list(itertools.chain(*steps))
+    cfg.options = train.loss_options(cfg)
     train.setup_machine(cfg)
-    model = load(job.weights).to(cfg.device)
+    model = load(cfg.init_from).to(cfg.device)
     reference, *_ = train.make_reference(model, pairs, np.arange(len(pairs)), cfg)
     optimizer = train.make_optimizer(model, cfg)
 
@@ -281,7 +263,7 @@ def ours(pause, job):
         return list(train.batches(pairs, np.arange(len(pairs))[k * B:(k + 1) * B], 2, cfg))
     waiting = load_step(0)
     pause()
-    for k in range(len(job.steps)):
+    for k in range(len(steps)):
         begin, sums = clock(cfg.device), 0
         for rows, batch in waiting:
             with train.autocast(cfg):
@@ -296,67 +278,61 @@ def ours(pause, job):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         waiting = load_step(k + 1)
         loss, norm = sums[0].item() / B, norm.item()
-        assert math.isfinite(loss) and math.isfinite(norm), 'the step is not finite'
+        assert np.isfinite([loss, norm]).all(), 'the step is not finite'
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         end = clock(cfg.device)
         pause(dict(seconds=end - begin, loss=loss, norm=norm, peak=peak_memory(cfg.device)))
 
 
-def trl_options(job):
-    B, cpu = len(job.steps[0]), job.device == 'cpu'
-    return dict(
-        output_dir=job.folder, max_steps=len(job.steps), per_device_train_batch_size=job.rows,
-        gradient_accumulation_steps=B // job.rows, max_length=job.config.block_size,
-        train_sampling_strategy='sequential', learning_rate=LR, lr_scheduler_type='constant',
-        optim='adamw_torch_fused', weight_decay=0.0, max_grad_norm=1.0, bf16=job.dtype == 'bfloat16',
-        torch_compile=job.compile, gradient_checkpointing=False, use_cpu=cpu,
-        dataloader_num_workers=0 if cpu else 2, dataloader_pin_memory=not cpu, logging_steps=1,
-        logging_nan_inf_filter=False, save_strategy='no', report_to='none', disable_tqdm=True,
-        model_init_kwargs=dict(attn_implementation=job.attention, dtype='float32'))
-
-
-def trl_trainer(job):
+def trl_trainer(cfg, steps, rows, attention, compiled):
     """DPOTrainer, or CPOTrainer with SimPO's loss. The words of its texts are our token ids."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     from trl import DPOConfig, DPOTrainer
     from trl.experimental.cpo import CPOConfig, CPOTrainer
-    if job.loss == 'dpo':
-        trainer, args = DPOTrainer, DPOConfig(beta=0.1, **trl_options(job))
-    else:
-        simpo = dict(loss_type='simpo', beta=2.0, simpo_gamma=0.5, cpo_alpha=0.0)
-        trainer, args = CPOTrainer, CPOConfig(**simpo, **trl_options(job))
-    end, last = '<|endoftext|>', job.config.vocab_size - 1
+    cpu, dpo, config = cfg.device == 'cpu', cfg.loss == 'dpo', MODELS[cfg.model]
+    objective = dict(beta=0.1) if dpo else dict(
+        loss_type='simpo', beta=2.0, simpo_gamma=0.5, cpo_alpha=0.0)
+    args = (DPOConfig if dpo else CPOConfig)(
+        output_dir=cfg.data_dir, max_steps=len(steps), per_device_train_batch_size=rows,
+        gradient_accumulation_steps=cfg.batch_size // rows, max_length=config.block_size,
+        train_sampling_strategy='sequential', learning_rate=cfg.learning_rate, weight_decay=0.0,
+        lr_scheduler_type='constant', optim='adamw_torch_fused', max_grad_norm=cfg.grad_clip,
+        bf16=cfg.dtype == 'bfloat16', torch_compile=compiled, gradient_checkpointing=False,
+        use_cpu=cpu, dataloader_num_workers=0 if cpu else 2, dataloader_pin_memory=not cpu,
+        logging_steps=1, logging_nan_inf_filter=False, save_strategy='no', report_to='none',
+        model_init_kwargs=dict(attn_implementation=attention, dtype='float32'), **objective)
+    end, last = '<|endoftext|>', config.vocab_size - 1
     ids = {str(i): i for i in range(last)} | {end: last}
     words = Tokenizer(models.WordLevel(ids, unk_token=end))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=end, pad_token=end)
     data = []
-    for prompt, responses in itertools.chain(*job.steps):
+    for prompt, responses in itertools.chain(*steps):
         texts = [''.join(f' {i}' for i in part) for part in (prompt, *(r[:-1] for r in responses))]
         data.append(dict(prompt=texts[0], chosen=texts[1] + end, rejected=texts[2] + end))
-    return trainer(model=job.weights, args=args, train_dataset=Dataset.from_list(data),
-                   processing_class=tokenizer)
+    return (DPOTrainer if dpo else CPOTrainer)(
+        model=cfg.init_from, args=args, train_dataset=Dataset.from_list(data),
+        processing_class=tokenizer)
 
 
-def trl(pause, job):
+def trl(pause, cfg, steps, *settings):
     """The trainer's own train(), which pauses after each step."""
-    train.setup_machine(train.Config(device=job.device, dtype=job.dtype))    # tuned as ours is
+    train.setup_machine(cfg)                 # tuned as ours is
     from transformers import TrainerCallback
 
     class Turns(TrainerCallback):
         def on_train_begin(self, *args, **kwargs):
             pause()
-            self.begin = clock(job.device)
+            self.begin = clock(cfg.device)
 
         def on_log(self, args, state, control, logs, **kwargs):
-            took = clock(job.device) - self.begin
-            pause(dict(seconds=took, loss=logs['loss'], norm=logs['grad_norm'],
-                       peak=peak_memory(job.device)))
-            self.begin = clock(job.device)
-    trainer = trl_trainer(job)
+            took, peak = clock(cfg.device) - self.begin, peak_memory(cfg.device)
+            pause(dict(seconds=took, loss=logs['loss'], norm=logs['grad_norm'], peak=peak))
+            self.begin = clock(cfg.device)
+    trainer = trl_trainer(cfg, steps, *settings)
     trainer.add_callback(Turns())
     trainer.train()
 
@@ -365,97 +341,91 @@ def trl(pause, job):
 # Sections step, memory, growth
 
 
-def describe(settings):
-    compiled = ', compile' if settings['compile'] else ''
-    return f'TRL {settings["attention"]}, {settings["rows"]} a pass{compiled}'
+def search(cfg, steps):
+    """TRL's settings that run here -> [(seconds, peak memory, words, settings), ...], fastest first.
 
-
-def search(o, job):
-    """[(seconds, settings, peak memory), ...] of TRL's settings that run here, fastest first.
-
-    `rows`: pairs in a forward pass; fewer than a step's, with gradients accumulated, need less
-    padding. Not tried: padding_free, which TRL 1.16 turns off itself; offloading and gradient
-    checkpointing, which cost time."""
-    B, cpu, tried = o.batch_size, o.device == 'cpu', []
+    Pairs in a forward pass: fewer than a step's, with gradients accumulated, need less padding.
+    Not tried: padding_free, which TRL 1.16 turns off itself; offloading and gradient checkpointing,
+    which cost time."""
+    B, cpu, tried = cfg.batch_size, cfg.device == 'cpu', []
     rows = sorted({n for n in (1 if cpu else B, B // 4, B) if n and B % n == 0})
-    axes = rows, ['sdpa', 'eager'] if cpu else ['sdpa'], sorted({False, o.settings['compile']})
-    for values in itertools.product(*axes):
-        settings = dict(zip(('rows', 'attention', 'compile'), values))
-        what = f'  {job["loss"]}, {describe(settings)}: '
+    axes = rows, ['sdpa', 'eager'] if cpu else ['sdpa'], sorted({False, cfg.compile})
+    for settings in itertools.product(*axes):
+        words = f'TRL {settings[1]}, {settings[0]} a pass' + ', compile' * settings[2]
         try:
-            last = take_turns(o.warmup + 1, (trl, job | settings))[0][-1]
+            last = take_turns(cfg.warmup + 1, (trl, cfg, steps, *settings))[0][-1]
         except RuntimeError as e:
-            print(f'{what}does not run here ({e})')
+            print(f'  {cfg.loss}, {words}: does not run here ({e})')
             continue
-        tried.append((last['seconds'], settings, last['peak']))
-        print(f'{what}{B / last["seconds"]:.2f} pairs/s, {last["peak"]:.2f} GiB at most')
-    return sorted(tried, key=lambda t: t[0])
+        tried.append((last['seconds'], last['peak'], words, settings))
+        print(f'  {cfg.loss}, {words}: {B / last["seconds"]:.2f} pairs/s, {last["peak"]:.2f} GiB')
+    return sorted(tried)
 
 
-def contest(o, loss, steps, what, peers):
+def contest(cfg, order, peers):
     """Steps of ours and, with `peers`, of TRL's at its fastest, in turns."""
-    job, what, note = dict(o.job, loss=loss, steps=steps), f'{loss}, {what}, {o.dtype}', ''
-    tried = search(o, job) if peers and importlib.util.find_spec('trl') else []
-    sides = [(ours, job)] + [(trl, job | settings) for _, settings, _ in tried[:1]]
-    rounds = take_turns(len(steps), *sides)
-    (rate,), = take_turns(0, (matmul_rate, job))
+    steps = draw_steps(get_pairs(cfg), cfg.batch_size, order, cfg.warmup + cfg.repeats)
+    tried = search(cfg, steps) if peers and importlib.util.find_spec('trl') else []
+    theirs = [(trl, cfg, steps, *settings) for *_, settings in tried[:1]]
+    rounds = take_turns(len(steps), (ours, cfg, steps), *theirs)
+    rate = take_turns(0, (matmul_rate, cfg))[0][0]
+    what, note = f'{cfg.loss}, {order} order, {cfg.batch_size} pairs, {cfg.dtype}', ''
     if tried:
-        what += f'; {describe(tried[0][1])}'
+        what += f'; {tried[0][2]}'
         apart = max(abs(a['loss'] - b['loss']) for a, b in zip(*rounds))
         norms = max(abs(a['norm'] / b['norm'] - 1) for a, b in zip(*rounds))
-        differ = ': THEY DIFFER' if o.dtype == 'float32' and max(apart, norms) > 1e-3 else ''
+        differ = ': THEY DIFFER' if cfg.dtype == 'float32' and max(apart, norms) > 1e-3 else ''
         note = f'; losses within {apart:.0e}, gradient norms within {norms:.0e}{differ}'
-    rounds = [answers[o.warmup:] for answers in rounds]
-    least = needed(o.config, steps[o.warmup:], loss) / rate    # seconds, if products were all
+    rounds = [answers[cfg.warmup:] for answers in rounds]
+    least = needed(MODELS[cfg.model], steps[cfg.warmup:], cfg.loss) / rate   # if products were all
     used = ' and '.join(f'{least / seconds(answers):.0%}' for answers in rounds)
-    note = f'utilisation {used} of {rate / 1e9:,.0f} GFLOP/s{note}'
-    return SimpleNamespace(what=what, note=note, tried=tried, rounds=rounds,
-                           peaks=[answers[-1]['peak'] for answers in rounds])
+    return SimpleNamespace(
+        what=what, note=f'utilisation {used} of {rate / 1e9:,.0f} GFLOP/s{note}', rounds=rounds,
+        tried=tried, peaks=[answers[-1]['peak'] for answers in rounds])
 
 
 def contests(o):
-    for loss, order in itertools.product(o.losses.split(','), o.orders.split(',')):
-        if (loss, order) not in o.contests:
-            steps = draw_steps(o.data, o.batch_size, order, o.warmup + o.repeats)
-            what = f'{order} order, {o.batch_size} pairs'
-            o.contests[loss, order] = contest(o, loss, steps, what, o.peers)
-        yield o.contests[loss, order]
+    for key in itertools.product(o.losses.split(','), o.orders.split(',')):
+        if key not in CONTESTS:
+            CONTESTS[key] = contest(replace(o, loss=key[0]), key[1], o.peers)
+        yield CONTESTS[key]
 
 
 def step(o):
     for c in contests(o):
-        speed_row('step', c.what, 'pairs', o.batch_size, *c.rounds, note=c.note)
+        speed_row('step', c.what, 'pairs', o.batch_size, c.rounds, c.note)
 
 
 def memory(o):
     for c in contests(o):
-        note = ', '.join(f'{peak:.2f} for {describe(s)}' for _, s, peak in c.tried[1:])
+        note = ', '.join(f'{peak:.2f} for {words}' for _, peak, words, _ in c.tried[1:])
         row('memory', c.what, 'GiB', c.peaks, [peak / c.peaks[0] for peak in c.peaks[1:]], note)
 
 
 def growth(o):
     sizes = (8, 32) if o.device == 'cpu' else (8, 64, 256)
     for length, size in itertools.product((256, 512, 1024), sizes):
-        steps = draw_steps(get_pairs(o, length), size, 'own', o.warmup + o.repeats)
-        c = contest(o, 'dpo', steps, f'max_length {length}, {size} pairs', peers=False)
+        cfg = replace(o, max_length=length, max_prompt_length=length // 2, batch_size=size)
+        c = contest(cfg, 'own', peers=False)
         note = f'{c.peaks[0]:.2f} GiB, {c.note}'
-        speed_row('growth', c.what, 'pairs', size, *c.rounds, note=note)
+        speed_row('growth', f'max_length {length}, {c.what}', 'pairs', size, c.rounds, note)
 
 
 # --------------------------------------------------------------------------------------------------
 # Sections prepare, generate, start
 
 
-def our_prepare(pause, job):
-    def work():
-        data_dir = tempfile.mkdtemp(dir=job.folder)
-        return prepared(job.path, job.tokenizer, data_dir, 2**20).meta['tokens']
-    repeat(pause, 'cpu', work)
+def prepare_uncut(cfg):
+    data_dir = tempfile.mkdtemp(dir=cfg.data_dir)
+    return Pairs(prepare(replace(cfg, data_dir=data_dir, max_length=2**20, max_prompt_length=2**19)))
 
 
-def tiktoken_batch(pause, job):
-    tokenizer = get_tokenizer(job.tokenizer)
-    pairs = prepared(job.path, job.tokenizer, tempfile.mkdtemp(dir=job.folder), 2**20)
+def our_prepare(pause, cfg):
+    repeat(pause, 'cpu', lambda: prepare_uncut(cfg).meta['tokens'])
+
+
+def their_prepare(pause, cfg):
+    tokenizer, pairs = get_tokenizer(cfg.tokenizer), prepare_uncut(cfg)
     parts = [part for i in pairs.train for part in (pairs[i][0], *(r[:-1] for r in pairs[i][1]))]
     texts = [tokenizer.decode(part.tolist()) for part in parts]
     encode = tokenizer.encoding.encode_ordinary_batch
@@ -463,61 +433,58 @@ def tiktoken_batch(pause, job):
 
 
 def preparation(o):
-    job = dict(o.job, path=o.pairs or text_file(o, 10000), tokenizer=o.tokenizer)
-    mine, other = take_turns(1 + o.repeats, (our_prepare, job), (tiktoken_batch, job))
-    what = f'{o.tokenizer}; tiktoken'
-    speed_row('prepare', what, 'tokens', mine[0]['result'], mine[1:], other[1:])
+    rounds = take_turns(1 + o.repeats, (our_prepare, o), (their_prepare, o))
+    speed_row('prepare', f'{o.tokenizer}; tiktoken', 'tokens', rounds[0][0]['result'],
+              [answers[1:] for answers in rounds])
 
 
-def our_generate(pause, job):
-    model = load(job.weights).to(job.device)
-    repeat(pause, job.device, lambda: generate(
-        model, job.prompts, job.new_tokens, {-1}, temperature=0))              # -1: nothing ends
+def our_generate(pause, cfg, prompts):
+    model = load(cfg.init_from).to(cfg.device)
+    repeat(pause, cfg.device, lambda: generate(
+        model, prompts, cfg.new_tokens, {-1}, temperature=0))                  # -1: nothing ends
 
 
-def their_generate(pause, job):
+def their_generate(pause, cfg, prompts):
     from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained(job.weights, dtype=torch.float32).to(job.device)
-    longest = max(map(len, job.prompts))
-    tokens, mask = (torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=job.device)
-                    for rows in (job.prompts, [[1] * len(p) for p in job.prompts]))
-    repeat(pause, job.device, lambda: model.generate(
-        tokens, attention_mask=mask, max_new_tokens=job.new_tokens, do_sample=False, pad_token_id=0,
-        cache_implementation=job.cache)[:, longest:].tolist())
+    model = AutoModelForCausalLM.from_pretrained(cfg.init_from).to(cfg.device)
+    longest = max(map(len, prompts))
+    tokens, mask = (torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=cfg.device)
+                    for rows in (prompts, [[1] * len(prompt) for prompt in prompts]))
+    repeat(pause, cfg.device, lambda: model.generate(
+        tokens, attention_mask=mask, max_new_tokens=cfg.new_tokens, do_sample=False,
+        pad_token_id=0)[:, longest:].tolist())
 
 
 def generation(o):
-    prompts = [prompt for prompt, _ in o.data[:o.prompts]]
-    for cache in ['dynamic'] + ['static'] * (o.device == 'cuda'):
-        job = dict(o.job, prompts=prompts, new_tokens=o.new_tokens, cache=cache)
-        mine, other = take_turns(o.warmup + o.repeats, (our_generate, job), (their_generate, job))
-        same = sum(a == b for a, b in zip(mine[0]['result'], other[0]['result']))
-        what = f'{o.prompts} prompts, {o.new_tokens} new tokens, float32; transformers, {cache} cache'
-        speed_row('generate', what, 'tokens', o.prompts * o.new_tokens, mine[o.warmup:],
-                  other[o.warmup:], f'{same} responses are the same')
+    prompts, n = [prompt for prompt, _ in get_pairs(o)[:o.prompts]], o.warmup + o.repeats
+    rounds = take_turns(n, (our_generate, o, prompts), (their_generate, o, prompts))
+    same = sum(a == b for a, b in zip(*(answers[0]['result'] for answers in rounds)))
+    what = f'{o.prompts} prompts, {o.new_tokens} new tokens, float32; transformers'
+    speed_row('generate', what, 'tokens', o.prompts * o.new_tokens,
+              [answers[o.warmup:] for answers in rounds], f'{same} responses are the same')
 
 
 def start(o):
     """config/dpo_gpt2.py on these weights, twice: the second finds data and reference prepared."""
-    settings = dict(o.settings, init_from=o.weights, dataset=text_file(o, 8 * o.batch_size),
-                    tokenizer=o.tokenizer, data_dir=os.path.join(o.folder, 'data'), overwrite=True,
-                    out_dir=os.path.join(o.folder, 'run'), batch_size=o.batch_size)
-    command = [sys.executable, '-u', 'train.py', 'config/dpo_gpt2.py']
-    command += [f'--{name}={value}' for name, value in settings.items()]
-    took = []
+    command = [sys.executable, '-u', 'train.py', 'config/dpo_gpt2.py', '--max_iters=8',
+               '--eval_pairs=1', '--overwrite', f'--out_dir={os.path.join(o.data_dir, "run")}']
+    command += [f'--{name}={getattr(o, name)}' for name in (
+        'init_from', 'dataset', 'tokenizer', 'data_dir', 'bad_records', 'batch_size', 'device',
+        'dtype', 'compile', 'tokens_per_batch')]
+    took, line = [], ''
     for _ in range(2):
-        begin = perf_counter()
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                              cwd=ROOT) as process:
-            for line in process.stdout:
-                if line.startswith('first step'):
-                    break
-            else:
-                raise RuntimeError(f'no first step; the last words of train.py: {line.strip()}')
-            took.append(perf_counter() - begin)
+        begin = time.perf_counter()
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        with subprocess.Popen(command, **pipes) as process:
+            while not line.startswith('first step'):
+                last, line = line, process.stdout.readline()
+                if not line:
+                    raise RuntimeError(f'no first step; the last words of train.py: {last.strip()}')
+            took.append(time.perf_counter() - begin)
             process.kill()
-    note = f'data and reference prepared; {took[0]:.1f} before; without imports: {line.strip()}'
-    row('start', f'{o.batch_size} pairs, {o.dtype}', 's', took[1:], note=note)
+        note, line = f'without imports: {line.strip()}', ''
+    row('start', f'{o.batch_size} pairs, {o.dtype}', 's', took[1:],
+        note=f'data and reference prepared; {took[0]:.1f} before; {note}')
 
 
 # --------------------------------------------------------------------------------------------------
@@ -534,18 +501,15 @@ def read_options(argv):
     for name, values, choices in (
             ('section', sections, [*SECTIONS, 'all']), ('model', [o.model], list(MODELS)),
             ('losses', o.losses.split(','), ['dpo', 'simpo']),
-            ('orders', o.orders.split(','), ['own', 'sorted'])):
+            ('orders', o.orders.split(','), ['own', 'sorted']),
+            ('dtype', [o.dtype], ['', 'float32', 'bfloat16']),
+            ('device', [o.device], ['', 'cpu', 'cuda'])):
         for value in values:
             if value not in choices:
                 raise InputError(f'{name}: {value!r} is not one of {", ".join(choices)}')
-    o.config, o.contests = MODELS[o.model], {}
-    o.device = o.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    train.setup_machine(o)
     cpu = o.device == 'cpu'
-    o.dtype = o.dtype or ('float32' if cpu else 'bfloat16')
-    o.batch_size, o.warmup = o.batch_size or (8 if cpu else 64), 1 if cpu else 4
-    o.settings = dict(device=o.device, dtype=o.dtype, tokens_per_batch=o.tokens_per_batch,
-                      compile=not cpu if o.compile is None else o.compile)
-    train.load_config([f'--{name}={value}' for name, value in o.settings.items()])
+    o.batch_size, o.warmup = o.batch_size or (8 if cpu else 64), o.warmup or (1 if cpu else 4)
     return list(SECTIONS) if not sections or 'all' in sections else sections, o
 
 
@@ -556,13 +520,13 @@ def main(argv):
     os.environ |= dict(OMP_WAIT_POLICY='PASSIVE', HF_HUB_OFFLINE='1')
     head = f'{machine(o.device)}; {o.model}, max_length {o.max_length}'
     print(head)
-    with tempfile.TemporaryDirectory() as o.folder:
+    with tempfile.TemporaryDirectory() as o.data_dir:
+        o.init_from = os.path.join(o.data_dir, 'weights')
         torch.manual_seed(0)
-        o.weights = os.path.join(o.folder, 'weights')
-        save(GPT(o.config), o.weights)
-        o.job = dict(folder=o.folder, weights=o.weights, config=o.config, device=o.device,
-                     dtype=o.dtype, settings=o.settings)
-        o.data = get_pairs(o, o.max_length)
+        save(GPT(MODELS[o.model]), o.init_from)
+        if not o.dataset:
+            o.dataset = os.path.join(o.data_dir, 'words.jsonl')
+            write_texts(o.dataset)
         for section in sections:
             try:
                 SECTIONS[section](o)

@@ -71,7 +71,7 @@ def terminal(spans, colours):
     return ''.join(marked) + '\x1b[0m'
 
 
-def page(title, prompt, spans, colours, total):
+def page(title, beta, prompt, spans, colours, total):
     marked = ''.join(
         f'<span style="background:rgb{rgb}" title="{c:+.4f}">{html.escape(text)}</span>'
         for (text, c), rgb in zip(spans, colours))
@@ -82,7 +82,8 @@ body {{ font: 16px/1.6 serif; max-width: 50em; margin: 2em auto; color: #000; ba
 pre {{ font: inherit; white-space: pre-wrap }}
 </style>
 <h1>{html.escape(title)}</h1>
-<p>Green tokens earn implicit reward, red ones cost it; point at one to see its number.</p>
+<p>Each token's share of the implicit reward, {beta:g} log &pi;/&pi;<sub>ref</sub>: green earns, red
+costs; point at one to see its number.</p>
 <pre>{html.escape(prompt)}</pre>
 <pre>{marked}</pre>
 <p>implicit reward {total:+.3f}</p>
@@ -101,21 +102,23 @@ def main(argv):
     policy, tokenizer = load(name).to(device), get_tokenizer(tokenizer_of(name))
     reference = load(o.compare) if o.compare else load_reference(cfg, checkpoint)
     beta = cfg.options.get('beta', 1.0) if train.asks_for(cfg, 'reference') else 1.0
-    prompt, cfg.template, cfg.truncation = o.prompt.replace('\\n', '\n'), o.template or cfg.template, 'cut'
+    prompt, cfg.template = o.prompt.replace('\\n', '\n'), o.template or cfg.template
     if o.response:
+        cfg.truncation = 'cut'
         ids, tokens = encode(prompt, [o.response], tokenizer, cfg)[0]
     else:
         ids = encode_prompt(prompt, tokenizer, cfg.template)
-        tokens = generate(policy, [ids], o.max_new_tokens, tokenizer.ends, o.temperature, seed=o.seed)[0]
+        tokens = generate(policy, [ids], o.max_new_tokens, tokenizer.ends, o.temperature,
+                          seed=o.seed)[0]
     credit = token_credit(policy, reference.to(device), ids, tokens, beta)
     spans = spans_of([int(t) for t in tokens], credit, tokenizer)
     most = max(abs(c) for _, c in spans)
     colours = [colour(c, most) for _, c in spans]
     print(f'{prompt}    [implicit reward {sum(credit):+.3f}]')
     print(terminal(spans, colours))
-    against = o.compare or cfg.reference_from or cfg.init_from
+    title = f'{name} against {o.compare or cfg.reference_from or cfg.init_from}'
     with atomic_write(o.out) as f:
-        f.write(page(f'{beta:g} log {name} / {against}', prompt, spans, colours, sum(credit)))
+        f.write(page(title, beta, prompt, spans, colours, sum(credit)))
     print(f'-> {o.out}')
 
 

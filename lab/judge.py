@@ -1,13 +1,13 @@
 """
 Score responses, and use the scores: labels, best of n, rejection sampling, rankings.
 
-    python -m lab.judge score out/reward_demo pairs.jsonl        # scores; the accuracy on pairs
-    python -m lab.judge label out/rm1,out/rm2 pairs.jsonl        # p = sigma(r_1 - r_2), for DPO
-    python -m lab.judge best out/reward_demo samples.jsonl       # best of n, for SFT
-    python -m lab.judge reject out/reward_demo samples.jsonl --beta=0.5     # rejection sampling, for SFT
-    python -m lab.judge rank out/reward_demo samples.jsonl --labels=sample  # to pairs or rankings
-
     python -m lab.judge score|label|best|reject|rank JUDGE FILE [--name=value ...]
+
+    python -m lab.judge score out/reward_demo pairs.jsonl      # scores; the accuracy on pairs
+    python -m lab.judge label out/rm1,out/rm2 pairs.jsonl      # p = sigma(r_1 - r_2), for DPO
+    python -m lab.judge best out/reward_demo samples.jsonl     # best of n, for SFT
+    python -m lab.judge reject out/reward_demo samples.jsonl --beta=0.5      # samples of the optimum
+    python -m lab.judge rank out/reward_demo samples.jsonl --labels=sample   # pairs or rankings
 
 A judge is one of these, or several with commas between them, whose scores are averaged:
 
@@ -18,8 +18,9 @@ A judge is one of these, or several with commas between them, whose scores are a
 
 FILE is anything that prepare.py reads, or completions as `sample.py --n=16 --out=samples.jsonl`
 writes them. best, reject and rank take all responses to one prompt together. They and label write
-what prepare.py reads. A difference of two scores is the log-odds that the first response is better.
-Left out: responses of a chat that are longer than one message, in completions.
+what prepare.py reads. The difference of two scores is read as the log-odds that the first
+response is better.
+Left out: completions of prompts that a chat template wrote (their text no longer is a chat).
 """
 import inspect
 import json
@@ -65,7 +66,7 @@ def load_reference(cfg, checkpoint):
     """The reference of a run, provided that its weights are still the same."""
     name = cfg.reference_from or cfg.init_from
     if isinstance(name, dict):
-        raise InputError(f'{cfg.out_dir}: began with a random model, which is not saved')
+        raise InputError(f'{cfg.out_dir}: the run began with a random model, which is not saved')
     reference = load(name, cfg.model_class)
     if checkpoint.get('reference', '') not in ('', train.fingerprint_of(reference)):
         raise InputError(f'{name}: not the reference that {cfg.out_dir} was trained with')
@@ -88,7 +89,7 @@ def load_judge(names, device=''):
 
 def load_one(name, device):
     if name == 'gold':
-        return function_judge(lambda prompt, texts: films.gold_rewards(prompt, texts), name)
+        return function_judge(films.gold_rewards, name)
     path, colon, function = name.rpartition('.py:')
     if not colon:
         return run_judge(name, device)
@@ -189,9 +190,9 @@ def rank(responses, scores, rng, labels='best'):
     noise = rng.gumbel(size=len(scores)) if labels == 'sample' else 0.0
     order = np.argsort(-(scores + noise), kind='stable')
     if labels == 'soft':
-        order = order[[0, -1]]
-    p = sigmoid(scores[order[0]] - scores[order[1]]) if labels == 'soft' else 1.0
-    return [responses[i] for i in order], p
+        first, last = order[0], order[-1]
+        return [responses[first], responses[last]], sigmoid(scores[first] - scores[last])
+    return [responses[i] for i in order], 1.0
 
 
 def sigmoid(x):
@@ -267,7 +268,7 @@ def read_texts(stream, grouped=False):
 
 
 def summary(scores):
-    """Mean and deviation; where records have several responses, how often the first beats the last."""
+    """Mean and deviation; for records of several responses, how often the first beats the last."""
     every = np.concatenate(scores)
     text = f'{len(every):,} responses, scores {every.mean():+.4f} +- {every.std():.4f} (deviation)'
     pairs = np.array([(each[0], each[-1]) for each in scores if len(each) > 1])     # (n, 2)

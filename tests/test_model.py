@@ -289,6 +289,7 @@ def run_and_check_bfloat16(model, pairs, device):
     assert (rounded_gradient - exact_gradient).norm() < 0.05 * exact_gradient.norm()
 
 
+@pytest.mark.filterwarnings('ignore:Mismatch dtype between input and weight')
 @pytest.mark.parametrize('name', MODELS)
 def test_bfloat16_on_the_cpu_is_close_to_float32(name):
     run_and_check_bfloat16(tiny(name, std=0.2), random_pairs(8, seed=6), 'cpu')

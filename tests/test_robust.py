@@ -58,13 +58,15 @@ def place(tmp_path_factory):
     """A folder with a tiny model and pairs: the working directory of this file's tests."""
     folder = tmp_path_factory.mktemp('robust')
     torch.manual_seed(0)
-    precision = torch.get_float32_matmul_precision()
+    before = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    torch.set_num_threads(1)                               # as in forks: bits depend on it
     with contextlib.chdir(folder):
         weights.save(GPT(GPTConfig(64, 257, 1, 2, 16)), 'base')
         write_pairs('pairs.jsonl', 60)
         write_pairs('many.jsonl', 1500, longest=4)
         yield folder
-    torch.set_float32_matmul_precision(precision)
+    torch.set_float32_matmul_precision(before[0])
+    torch.set_num_threads(before[1])
 
 
 @pytest.fixture(scope='module')
@@ -199,18 +201,19 @@ def test_killed_between_the_two_checkpoints(place, monkeypatch):
     assert_same_run('both', 'between')
 
 
-def stop_at(step, **changed):
-    """A run in this process that gets SIGTERM in a step."""
-    plain = train.learning_rate
+def stopped(function, call, number=signal.SIGTERM, **changed):
+    """A run in this process that gets a signal in a call, counted from 0, of a function of train.py."""
+    plain, calls = getattr(train, function), []
 
-    def learning_rate(now, cfg):
-        if now == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return plain(now, cfg)
-    with pytest.MonkeyPatch.context() as patched, pytest.raises(SystemExit) as stopped:
-        patched.setattr(train, 'learning_rate', learning_rate)
+    def interrupted(*args):
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+        calls.append(args)
+        return plain(*args)
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(SystemExit) as end:
+        patched.setattr(train, function, interrupted)
         train.train(config(**changed))
-    assert stopped.value.code == 143
+    assert end.value.code == CODES[number]
 
 
 @pytest.mark.parametrize('changed', [*KINDS.values(), dict(dtype='bfloat16', tokens_per_batch=128),
@@ -219,7 +222,7 @@ def stop_at(step, **changed):
 def test_stopped_between_evaluations_and_resumed(place, changed):
     name = '_'.join(map(str, changed.values()))
     train.train(config(out_dir=f'straight_{name}', **changed))
-    stop_at(6, out_dir=f'stopped_{name}', **changed)
+    stopped('learning_rate', 6, out_dir=f'stopped_{name}', **changed)
     assert 6 <= load_checkpoint(f'stopped_{name}/ckpt.pt')['step'] <= 7
     train.train(config(out_dir=f'stopped_{name}', resume=True, **changed))
     assert_same_run(f'straight_{name}', f'stopped_{name}')
@@ -227,7 +230,7 @@ def test_stopped_between_evaluations_and_resumed(place, changed):
 
 def test_a_log_with_half_a_line_is_mended(place):
     """As a kill amid a line leaves it."""
-    stop_at(6, out_dir='half_line')
+    stopped('learning_rate', 6, out_dir='half_line')
     with open('half_line/log.jsonl', 'ab') as f:
         f.write(b'{"step": 7, "lo')
     for max_iters in (12, 14):                             # and the places in the next log are right
@@ -263,16 +266,15 @@ def test_interrupted_in_a_step(place, forks, number):
 
 
 @SIGNALS
-def test_interrupted_in_an_evaluation(place, forks, number):
+@pytest.mark.parametrize('call', [0, 1])
+def test_interrupted_in_an_evaluation(place, number, call):
     """It is finished first, the checkpoint is written, and the run goes on from there."""
-    changed = dict(dataset='many.jsonl', val_fraction=0.9, max_iters=4, eval_interval=2)
     if not os.path.exists('evaluated'):
-        assert forks.run(place, 'train.py', *options(out_dir='evaluated', **changed))[0] == 0
-    run = f'evaluated{number}'
-    child = forks.start(place, 'train.py', *options(out_dir=run, **changed))
-    printed = interrupt(child, number, lambda: 'parameters;' in child.printed())
-    assert f'{run}: stopped after ' in printed and os.path.exists(f'{run}/best.pt')
-    assert forks.run(place, 'train.py', *options(out_dir=run, **changed), '--resume')[0] == 0
+        train.train(config(out_dir='evaluated'))
+    run = f'evaluated{number}{call}'
+    stopped('evaluate', call, number, out_dir=run)
+    assert load_checkpoint(f'{run}/ckpt.pt')['evaluated'] == 4 * call
+    train.train(config(out_dir=run, resume=True))
     assert_same_run('evaluated', run)
 
 
@@ -338,22 +340,24 @@ def test_interrupted_while_preparing(place, forks, long, number):
     assert len(prepare.Pairs(f'{data}/{folder}').table) == 10000
 
 
-def test_a_worker_that_is_killed_is_not_a_hang(place, forks, long):
+@pytest.mark.parametrize('later', [0, 0.05, 0.3])
+def test_a_worker_that_is_killed_is_not_a_hang(place, forks, long, later):
     """As the system does where memory runs out."""
-    child = forks.start(place, 'prepare.py', long, '--tokenizer=byte', '--data_dir=worker_data')
+    data = f'worker_data{later}'
+    child = forks.start(place, 'prepare.py', long, '--tokenizer=byte', f'--data_dir={data}')
     children = Path(f'/proc/{child.pid}/task/{child.pid}/children')
     if not children.exists():
         pytest.skip('workers are found through /proc')
-    assert until(lambda: parts_under_way('worker_data') and children.read_text())
-    os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
+    assert until(lambda: parts_under_way(data) and children.read_text())
+    time.sleep(later)
+    for worker in children.read_text().split():
+        os.kill(int(worker), signal.SIGKILL)
     ended = until(child.ended, 20)
     if not ended:
         os.killpg(child.pid, signal.SIGKILL)
     code = child.wait()
     assert ended, 'it hangs'
-    if code:                                               # or it has found another worker
-        assert 'killed' in error_of((code, child.printed()))
-        assert os.listdir('worker_data') == []
+    assert 'killed' in error_of((code, child.printed())) and os.listdir(data) == []
 
 
 # --------------------------------------------------------------------------------------------------
@@ -364,7 +368,7 @@ def test_a_worker_that_is_killed_is_not_a_hang(place, forks, long):
 def half(place):
     """A run that is done, and the same one as it stood after half its steps -> a function to copy it."""
     train.train(config(out_dir='full'))
-    stop_at(6, out_dir='half')
+    stopped('learning_rate', 6, out_dir='half')
 
     def half(name):
         shutil.copytree('half', name)
