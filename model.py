@@ -113,7 +113,8 @@ def attend(q, k, v, bias):                   # (..., H, T, D), (..., G, S, D) tw
     if k.size(-3) < q.size(-3):                                 # several query heads share a key
         k, v = (t.repeat_interleave(q.size(-3) // k.size(-3), dim=-3) for t in (k, v))
     scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)  # (..., H, T, S)
-    return (scores + bias.to(q.dtype)).softmax(-1) @ v          # (..., H, T, D)
+    scores += bias.to(q.dtype)
+    return scores.softmax(-1) @ v                               # (..., H, T, D)
 
 
 def attention(q, k, v, mask):                # as attend: -> (..., H, T, D)

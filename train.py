@@ -459,7 +459,7 @@ def fingerprint_of(model):
     h = hashlib.sha256()
     for name, t in model.state_dict().items():
         h.update(name.encode())
-        h.update(t.detach().cpu().contiguous().view(torch.uint8).numpy())
+        h.update(t.detach().cpu().flatten().view(torch.uint8).numpy())
     return h.hexdigest()
 
 

@@ -86,7 +86,7 @@ def load(name, model_class=GPT):
         config, tensors = read_config(path), read_tensors(path)
     else:
         checkpoint = load_checkpoint(path)
-        config, tensors = GPTConfig(**checkpoint['model_config']), checkpoint['model']
+        config, tensors = make_config(checkpoint['model_config'], path), checkpoint['model']
     # on 'meta' a model takes no memory, and no time to initialise
     with torch.device('meta') if model_class is GPT else contextlib.nullcontext():
         model = model_class(config)
@@ -102,11 +102,14 @@ def load(name, model_class=GPT):
                 raise InputError(f'{path}: no tensor {names[0]}')
             continue
         parts = [tensors.pop(n).to(torch.float32) for n in names]
-        whole = torch.cat(parts) if len(parts) > 1 else parts[0].t() if transposed else parts[0]
-        if whole.shape != p.shape:
-            raise InputError(f'{path}: tensor {names[0]} gives shape {tuple(whole.shape)}, '
+        try:
+            joined = torch.cat([part.t() if transposed else part for part in parts])    # a copy
+        except RuntimeError:
+            raise InputError(f'{path}: tensors {", ".join(names)} do not fit together')
+        if joined.shape != p.shape:
+            raise InputError(f'{path}: tensor {names[0]} gives shape {tuple(joined.shape)}, '
                              f'not {tuple(p.shape)}')
-        state[ours] = whole.clone().contiguous()                # not a view of a mapped file
+        state[ours] = joined
     head = tensors.pop('lm_head.weight', None)
     if head is not None and not torch.equal(head.float(), state['wte.weight']):
         raise InputError(f'{path}: lm_head.weight differs from the embedding, which is tied to it')
@@ -134,7 +137,7 @@ def read_config(folder):
 def config_of(theirs, path):
     """config.json of transformers -> GPTConfig. Raises InputError for what we don't compute."""
     family = theirs.get('model_type')
-    if family not in FAMILIES:
+    if family not in list(FAMILIES):
         raise InputError(f'{path}: model_type is {family!r}; known are {", ".join(FAMILIES)}')
     gpt2 = family == 'gpt2'
     fixed = dict(activation_function='gelu_new', scale_attn_weights=True, tie_word_embeddings=True,
@@ -160,8 +163,12 @@ def config_of(theirs, path):
         settings = dict(norm='rms', norm_eps=1e-6, gated=True, tied=False) | settings | dict(
             rope_theta=float(rope.get('rope_theta', theirs.get('rope_theta', 10000.0))),
             rope_scaling=tuple(rope[key] for key in ROPE_KEYS) if kind == 'llama3' else ())
+    return make_config(dict(settings, **FAMILIES[family][1], model_type=family), path)
+
+
+def make_config(settings, path):
     try:
-        return GPTConfig(**settings, **FAMILIES[family][1], model_type=family)
+        return GPTConfig(**settings)
     except TypeError as e:
         raise InputError(f'{path}: {first_line(e)}')
 

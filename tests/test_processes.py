@@ -12,7 +12,8 @@ import sys
 import pytest
 import torch
 
-from model import GPT, GPTConfig, load_checkpoint
+from model import GPT, GPTConfig
+from weights import load_checkpoint, save
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -22,23 +23,27 @@ def runs(tmp_path_factory):
     """-> a function of the number of processes: the run's folder, trained when first asked for."""
     folder = tmp_path_factory.mktemp('processes')
     torch.manual_seed(0)
-    GPT(GPTConfig(64, 257, 1, 2, 32, 256)).save_pretrained(folder / 'base')
+    save(GPT(GPTConfig(64, 257, 1, 2, 32)), folder / 'base')
     rng = random.Random(0)
     with open(folder / 'pairs.jsonl', 'w') as f:
         for i in range(50):
-            chosen, rejected = (' '.join(rng.choices('one two three four'.split(), k=rng.randint(1, 6))) for _ in 'ab')
-            f.write(json.dumps(dict(prompt=f'{i}:', chosen=' ' + chosen, rejected=' not ' + rejected)) + '\n')
+            chosen, rejected = (' '.join(rng.choices('one two three four'.split(),
+                                                     k=rng.randint(1, 6))) for _ in 'ab')
+            pair = dict(prompt=f'{i}:', chosen=' ' + chosen, rejected=' not ' + rejected)
+            f.write(json.dumps(pair) + '\n')
 
     def run(processes):
         out = folder / f'run{processes}'
         args = [f'--{k}={v}' for k, v in dict(
-            init_from=folder / 'base', dataset=folder / 'pairs.jsonl', data_dir=folder / 'data', out_dir=out,
-            tokenizer='byte', max_length=64, max_prompt_length=16, val_fraction=0.2, batch_size=7, max_iters=5,
-            eval_interval=5, log_interval=1, learning_rate=1e-3, device='cpu').items()]
+            init_from=folder / 'base', dataset=folder / 'pairs.jsonl', data_dir=folder / 'data',
+            out_dir=out, tokenizer='byte', max_length=64, max_prompt_length=16, val_fraction=0.2,
+            batch_size=7, max_iters=5, eval_interval=5, log_interval=1, learning_rate=1e-3,
+            device='cpu').items()]
         launcher = [] if processes == 1 else ['-m', 'torch.distributed.run', '--standalone',
                                               f'--nproc_per_node={processes}']
-        done = subprocess.run([sys.executable, *launcher, 'train.py', *args], cwd=ROOT, text=True, capture_output=True,
-                              env=dict(os.environ, OMP_WAIT_POLICY='PASSIVE', OMP_NUM_THREADS='1'))
+        env = dict(os.environ, OMP_WAIT_POLICY='PASSIVE', OMP_NUM_THREADS='1')
+        done = subprocess.run([sys.executable, *launcher, 'train.py', *args], cwd=ROOT, text=True,
+                              capture_output=True, env=env)
         assert done.returncode == 0, done.stderr[-2000:]
         return out, done.stdout
     return run
@@ -56,6 +61,8 @@ def test_two_and_three_processes_equal_one(runs):
         lines = [json.loads(line) for line in open(out / 'log.jsonl')]
         assert len(lines) == len(log) and lines[0]['processes'] == processes
         for a, b in zip(log[1:], lines[1:]):
-            assert all(b[k] == pytest.approx(a[k], rel=1e-4, abs=1e-5) for k in a if not k.endswith('_per_s'))
-        theirs, ours = ([json.loads(line) for line in open(folder / 'eval.jsonl')] for folder in (out, whole))
+            assert all(b[k] == pytest.approx(a[k], rel=1e-4, abs=1e-5)
+                       for k in a if not k.endswith('_per_s'))
+        theirs, ours = ([json.loads(line) for line in open(folder / 'eval.jsonl')]
+                        for folder in (out, whole))
         assert [line['id'] for line in theirs] == [line['id'] for line in ours]
