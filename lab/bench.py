@@ -20,21 +20,25 @@ weights and token ids; their losses and gradient norms are compared. Utilisation
 arithmetic that is needed (prompt once, vocabulary at response positions, no padding) against the
 fastest matrix product of the model's shapes, measured right after the rounds.
 
-Left out: evaluation, checkpoints, several GPUs, and the quality of what is learnt (random weights).
+Needs Linux. Left out: evaluation, checkpoints, several GPUs, and the quality of what is learnt
+(weights are random).
 """
-import importlib.metadata
-import importlib.util
+import contextlib
 import itertools
 import json
 import multiprocessing
 import os
+import queue
 import random
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
+from importlib import metadata
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -50,9 +54,9 @@ from weights import load, save
 
 MODELS = dict(
     gpt2=GPTConfig(), tiny=GPTConfig(n_layer=2, n_head=2, n_embd=64),
-    llama=GPTConfig(block_size=8192, vocab_size=49152, n_layer=30, n_head=9, n_kv_head=3, n_embd=576,
-                    n_inner=1536, norm='rms', gated=True, bias='none', rope_theta=100000.0,
-                    model_type='llama'))
+    llama=GPTConfig(block_size=8192, vocab_size=49152, n_layer=30, n_head=9, n_kv_head=3,
+                    n_embd=576, n_inner=1536, norm='rms', gated=True, bias='none',
+                    rope_theta=100000.0, model_type='llama'))
 WORDS = 'the of and to in is it you that he was for on are with as his they be at one'.split()
 CONTESTS, TABLE = {}, []        # what has been measured; rows of the last table
 
@@ -87,14 +91,9 @@ def row(section, what, unit, numbers, ratios=(), note=''):
 
 def speed_row(section, what, unit, amount, rounds, note=''):
     """The speed over all rounds, lists of answers of one or two contestants: `amount` in each."""
-    speeds = [amount * len(answers) / seconds(answers) for answers in rounds]
-    ratios = [theirs['seconds'] / mine['seconds'] for mine, theirs in zip(rounds[0], *rounds[1:])
-              ] if len(rounds) > 1 else []
-    row(section, what, f'{unit}/s', speeds, ratios, note)
-
-
-def seconds(answers):
-    return sum(answer['seconds'] for answer in answers)
+    took = np.array([[answer['seconds'] for answer in answers] for answers in rounds])
+    ratios = (took[1:] / took[0]).reshape(-1).tolist()
+    row(section, what, f'{unit}/s', amount * took.shape[1] / took.sum(1), ratios, note)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -110,6 +109,7 @@ def write_texts(path, n=10000):
             sizes = [rng.lognormvariate(*fit) for fit in ((4.38, 1), (3.37, 0.87), (3.56, 0.93))]
             texts = [' ' + ' '.join(rng.choices(WORDS, k=1 + int(size))) for size in sizes]
             f.write(json.dumps(dict(zip(('prompt', 'chosen', 'rejected'), texts))) + '\n')
+    return path
 
 
 def get_pairs(cfg):
@@ -142,8 +142,9 @@ def needed(config, steps, loss):
     return (4 if loss == 'dpo' else 3) * total
 
 
-def matmul_rate(pause, cfg):
+def matmul_rate(cfg):
     """FLOP/s of the fastest of the model's own matrix products and a square one."""
+    yield
     c, best = MODELS[cfg.model], 0.0
     tokens, square = (2048, 2048) if cfg.device == 'cpu' else (16384, 8192)
     for m, k, n in ((tokens, c.n_embd, c.n_inner), (tokens, c.n_inner, c.n_embd),
@@ -153,7 +154,7 @@ def matmul_rate(pause, cfg):
         timer = Timer('torch.mm(a, b, out=out)', globals=dict(torch=torch, a=a, b=b, out=a @ b),
                       num_threads=torch.get_num_threads())
         best = max(best, 2 * m * k * n / min(timer.blocked_autorange(min_run_time=0.5).times))
-    pause(best)
+    yield best
 
 
 def clock(device):
@@ -164,23 +165,20 @@ def clock(device):
 
 
 def peak_memory(device):
-    """The most GiB this process has had so far: tensors on a GPU; resident memory, as Linux has it
-    (ru_maxrss of a child would start at its parent's)."""
+    """The most GiB this process has had so far: tensors on a GPU, or resident memory."""
     if device == 'cuda':
         return torch.cuda.max_memory_allocated() / 2**30
-    with open('/proc/self/status') as f:
+    with open('/proc/self/status') as f:     # a child's ru_maxrss would start at its parent's
         return next(int(line.split()[1]) / 2**20 for line in f if line.startswith('VmHWM'))
 
 
 def machine(device):
     """Hardware, versions and commit."""
-    if device == 'cuda':
-        name = torch.cuda.get_device_name()
-    else:
-        with open('/proc/cpuinfo') as f:
-            name = next((line.split(': ')[1].strip() for line in f if 'model name' in line), 'CPU')
-    versions = [f'{library} {importlib.metadata.version(library)}' for library in (
-        'torch', 'transformers', 'trl', 'tiktoken') if importlib.util.find_spec(library)]
+    with open('/proc/cpuinfo') as f:
+        cpu = f.read().partition('model name\t: ')[2].partition('\n')[0]
+    name = torch.cuda.get_device_name() if device == 'cuda' else cpu
+    versions = [f'{library} {metadata.version(library)}' for library in (
+        'torch', 'transformers', 'trl', 'tiktoken') if find_spec(library)]
     git = subprocess.run('git describe --always --dirty'.split(), capture_output=True, text=True)
     return (f'{name}, {torch.get_num_threads()} threads; {", ".join(versions)}; '
             f'commit {git.stdout.strip()}')
@@ -190,67 +188,46 @@ def machine(device):
 # Processes that take turns
 
 
-def child(conn, work, *args):
-    """Run work(pause, *args), where pause(answer) ends a turn and waits for the next."""
+def set_up(work, *args):
+    """In the contestant's process. Its work is a generator: it yields when all is set up, and then
+    once a turn."""
+    global contestant
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    contestant = work(*args)
+    next(contestant)
 
-    def pause(answer=None):
-        conn.send(answer)
-        conn.recv()
-    try:
-        conn.recv()
-        work(pause, *args)
-    except EOFError:                         # no further turn
-        pass
-    except Exception as e:                   # of any library: it ends a section, not the benchmark
-        conn.send(RuntimeError(first_line(e)))
+
+def turn():
+    return next(contestant)
 
 
 def take_turns(n, *contestants):
-    """Run each (work, *args) in a process of its own: a turn to set up, then n rounds -> a list of
-    answers for each; for n = 0 the answer of the first turn."""
-    context, running = multiprocessing.get_context('spawn'), []
-
-    def turn(conn):
-        try:
-            conn.send('go')
-            answer = conn.recv()
-        except (EOFError, OSError):
-            raise RuntimeError('the process died; out of memory?')
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-    try:
-        first = []
+    """n rounds of each (work, *args), in processes of their own -> for each the list of what it
+    yields."""
+    with contextlib.ExitStack() as stack:
+        pools = []
         for contestant in contestants:
-            here, there = context.Pipe()
-            running.append(here)
-            context.Process(target=child, args=(there, *contestant)).start()
-            there.close()
-            first.append(turn(here))
-        rounds = [[turn(conn) for conn in running] for _ in range(n)] or [first]
-    finally:
-        for conn in running:
-            conn.close()
-        for process in multiprocessing.active_children():
-            process.join()
+            pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn'))
+            pools.append(stack.enter_context(pool))
+            pool.submit(set_up, *contestant).result()
+        rounds = [[pool.submit(turn).result() for pool in pools] for _ in range(n)]
     return [list(answers) for answers in zip(*rounds)]
 
 
-def repeat(pause, device, work):
+def repeat(device, work):
     """A turn is one call of work()."""
-    pause()
+    yield
     while True:
         begin, result = clock(device), work()
-        pause(dict(seconds=clock(device) - begin, result=result))
+        yield dict(seconds=clock(device) - begin, result=result)
 
 
 # --------------------------------------------------------------------------------------------------
 # Rounds of a step: ours, TRL's
 
 
-def ours(pause, cfg, steps):
+def ours(cfg, steps):
     """The steps of train.train(), by the same functions."""
     B, pairs = cfg.batch_size, list(itertools.chain(*steps))
     cfg.options = train.loss_options(cfg)
@@ -262,15 +239,13 @@ def ours(pause, cfg, steps):
     def load_step(k):
         return list(train.batches(pairs, np.arange(len(pairs))[k * B:(k + 1) * B], 2, cfg))
     waiting = load_step(0)
-    pause()
+    yield
     for k in range(len(steps)):
         begin, sums = clock(cfg.device), 0
         for rows, batch in waiting:
             with train.autocast(cfg):
                 logps = batch.sum_by_response(model.token_logps(batch))             # (B, 2)
-            reference_logps = None
-            if reference is not None:
-                reference_logps = batch.sum_by_response(reference(rows, batch))     # (B, 2)
+            reference_logps = batch.sum_by_response(reference(rows, batch)) if reference else None
             losses, *rewards = train.apply_loss(cfg, logps, reference_logps, batch.lengths,
                                                 dict(p=torch.ones(len(rows)).to(cfg.device)))
             (losses.sum() / B).backward()
@@ -282,7 +257,7 @@ def ours(pause, cfg, steps):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         end = clock(cfg.device)
-        pause(dict(seconds=end - begin, loss=loss, norm=norm, peak=peak_memory(cfg.device)))
+        yield dict(seconds=end - begin, loss=loss, norm=norm, peak=peak_memory(cfg.device))
 
 
 def trl_trainer(cfg, steps, rows, attention, compiled):
@@ -318,27 +293,43 @@ def trl_trainer(cfg, steps, rows, attention, compiled):
         processing_class=tokenizer)
 
 
-def trl(pause, cfg, steps, *settings):
-    """The trainer's own train(), which pauses after each step."""
+def trl(cfg, steps, *settings):
+    """The trainer's own train(), in a thread that stands still between the turns."""
     train.setup_machine(cfg)                 # tuned as ours is
     from transformers import TrainerCallback
+    answers, turns = queue.Queue(), queue.Queue()
 
     class Turns(TrainerCallback):
         def on_train_begin(self, *args, **kwargs):
-            pause()
-            self.begin = clock(cfg.device)
+            self.pause()
 
         def on_log(self, args, state, control, logs, **kwargs):
             took, peak = clock(cfg.device) - self.begin, peak_memory(cfg.device)
-            pause(dict(seconds=took, loss=logs['loss'], norm=logs['grad_norm'], peak=peak))
+            self.pause(dict(seconds=took, loss=logs['loss'], norm=logs['grad_norm'], peak=peak))
+
+        def pause(self, answer=None):
+            answers.put(answer)
+            turns.get()
             self.begin = clock(cfg.device)
+
+    def run_trainer():
+        try:
+            trainer.train()
+        except Exception as e:               # of any library
+            answers.put(e)
     trainer = trl_trainer(cfg, steps, *settings)
     trainer.add_callback(Turns())
-    trainer.train()
+    threading.Thread(target=run_trainer, daemon=True).start()
+    while True:
+        answer = answers.get()
+        if isinstance(answer, Exception):
+            raise RuntimeError(first_line(answer))
+        yield answer
+        turns.put('go')
 
 
 # --------------------------------------------------------------------------------------------------
-# Sections step, memory, growth
+# The sections
 
 
 def search(cfg, steps):
@@ -363,25 +354,24 @@ def search(cfg, steps):
 
 
 def contest(cfg, order, peers):
-    """Steps of ours and, with `peers`, of TRL's at its fastest, in turns."""
+    """Steps of ours and, with `peers`, of TRL's at its fastest -> what it is, the rounds of each, a
+    note, TRL's settings."""
     steps = draw_steps(get_pairs(cfg), cfg.batch_size, order, cfg.warmup + cfg.repeats)
-    tried = search(cfg, steps) if peers and importlib.util.find_spec('trl') else []
+    tried = search(cfg, steps) if peers and find_spec('trl') else []
     theirs = [(trl, cfg, steps, *settings) for *_, settings in tried[:1]]
     rounds = take_turns(len(steps), (ours, cfg, steps), *theirs)
-    rate = take_turns(0, (matmul_rate, cfg))[0][0]
+    rate = take_turns(1, (matmul_rate, cfg))[0][0]
     what, note = f'{cfg.loss}, {order} order, {cfg.batch_size} pairs, {cfg.dtype}', ''
     if tried:
         what += f'; {tried[0][2]}'
-        apart = max(abs(a['loss'] - b['loss']) for a, b in zip(*rounds))
-        norms = max(abs(a['norm'] / b['norm'] - 1) for a, b in zip(*rounds))
-        differ = ': THEY DIFFER' if cfg.dtype == 'float32' and max(apart, norms) > 1e-3 else ''
-        note = f'; losses within {apart:.0e}, gradient norms within {norms:.0e}{differ}'
+        apart = max(max(abs(a['loss'] - b['loss']), abs(a['norm'] / b['norm'] - 1))
+                    for a, b in zip(*rounds))
+        differ = ': THEY DIFFER' if cfg.dtype == 'float32' and apart > 1e-3 else ''
+        note = f'; losses and gradient norms within {apart:.0e}{differ}'
     rounds = [answers[cfg.warmup:] for answers in rounds]
     least = needed(MODELS[cfg.model], steps[cfg.warmup:], cfg.loss) / rate   # if products were all
-    used = ' and '.join(f'{least / seconds(answers):.0%}' for answers in rounds)
-    return SimpleNamespace(
-        what=what, note=f'utilisation {used} of {rate / 1e9:,.0f} GFLOP/s{note}', rounds=rounds,
-        tried=tried, peaks=[answers[-1]['peak'] for answers in rounds])
+    used = ' and '.join(f'{least / sum(a["seconds"] for a in answers):.0%}' for answers in rounds)
+    return what, rounds, f'utilisation {used} of {rate / 1e9:,.0f} GFLOP/s{note}', tried
 
 
 def contests(o):
@@ -392,65 +382,58 @@ def contests(o):
 
 
 def step(o):
-    for c in contests(o):
-        speed_row('step', c.what, 'pairs', o.batch_size, c.rounds, c.note)
+    for what, rounds, note, _ in contests(o):
+        speed_row('step', what, 'pairs', o.batch_size, rounds, note)
 
 
 def memory(o):
-    for c in contests(o):
-        note = ', '.join(f'{peak:.2f} for {words}' for _, peak, words, _ in c.tried[1:])
-        row('memory', c.what, 'GiB', c.peaks, [peak / c.peaks[0] for peak in c.peaks[1:]], note)
+    for what, rounds, _, tried in contests(o):
+        peaks = [answers[-1]['peak'] for answers in rounds]
+        note = ', '.join(f'{peak:.2f} for {words}' for _, peak, words, _ in tried[1:])
+        row('memory', what, 'GiB', peaks, [peak / peaks[0] for peak in peaks[1:]], note)
 
 
 def growth(o):
     sizes = (8, 32) if o.device == 'cpu' else (8, 64, 256)
     for length, size in itertools.product((256, 512, 1024), sizes):
         cfg = replace(o, max_length=length, max_prompt_length=length // 2, batch_size=size)
-        c = contest(cfg, 'own', peers=False)
-        note = f'{c.peaks[0]:.2f} GiB, {c.note}'
-        speed_row('growth', f'max_length {length}, {c.what}', 'pairs', size, c.rounds, note)
+        what, rounds, note, _ = contest(cfg, 'own', peers=False)
+        note = f'{rounds[0][-1]["peak"]:.2f} GiB, {note}'
+        speed_row('growth', f'max_length {length}, {what}', 'pairs', size, rounds, note)
 
 
-# --------------------------------------------------------------------------------------------------
-# Sections prepare, generate, start
+def our_prepare(cfg):
+    yield from repeat('cpu', lambda: prepare(replace(cfg, data_dir=tempfile.mkdtemp(dir=cfg.data_dir))))
 
 
-def prepare_uncut(cfg):
-    data_dir = tempfile.mkdtemp(dir=cfg.data_dir)
-    return Pairs(prepare(replace(cfg, data_dir=data_dir, max_length=2**20, max_prompt_length=2**19)))
-
-
-def our_prepare(pause, cfg):
-    repeat(pause, 'cpu', lambda: prepare_uncut(cfg).meta['tokens'])
-
-
-def their_prepare(pause, cfg):
-    tokenizer, pairs = get_tokenizer(cfg.tokenizer), prepare_uncut(cfg)
+def their_prepare(cfg):
+    tokenizer, pairs = get_tokenizer(cfg.tokenizer), Pairs(prepare(cfg))
     parts = [part for i in pairs.train for part in (pairs[i][0], *(r[:-1] for r in pairs[i][1]))]
     texts = [tokenizer.decode(part.tolist()) for part in parts]
     encode = tokenizer.encoding.encode_ordinary_batch
-    repeat(pause, 'cpu', lambda: len(encode(texts, num_threads=os.cpu_count())))
+    yield from repeat('cpu', lambda: len(encode(texts, num_threads=os.cpu_count())))
 
 
 def preparation(o):
-    rounds = take_turns(1 + o.repeats, (our_prepare, o), (their_prepare, o))
-    speed_row('prepare', f'{o.tokenizer}; tiktoken', 'tokens', rounds[0][0]['result'],
-              [answers[1:] for answers in rounds])
+    uncut = replace(o, max_length=2**20, max_prompt_length=2**19)
+    rounds = take_turns(1 + o.repeats, (our_prepare, uncut), (their_prepare, uncut))
+    tokens = Pairs(rounds[0][0]['result']).meta['tokens']
+    speed_row('prepare', f'{o.tokenizer}; tiktoken', 'tokens', tokens, [a[1:] for a in rounds])
 
 
-def our_generate(pause, cfg, prompts):
+def our_generate(cfg, prompts):
     model = load(cfg.init_from).to(cfg.device)
-    repeat(pause, cfg.device, lambda: generate(
+    repeat(cfg.device, lambda: generate(
         model, prompts, cfg.new_tokens, {-1}, temperature=0))                  # -1: nothing ends
 
 
-def their_generate(pause, cfg, prompts):
+def their_generate(cfg, prompts):
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(cfg.init_from).to(cfg.device)
     longest = max(map(len, prompts))
-    tokens, mask = (torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=cfg.device)
+    tokens, mask = (torch.tensor([[0] * (longest - len(row)) + row for row in rows]).to(cfg.device)
                     for rows in (prompts, [[1] * len(prompt) for prompt in prompts]))
-    repeat(pause, cfg.device, lambda: model.generate(
+    repeat(cfg.device, lambda: model.generate(
         tokens, attention_mask=mask, max_new_tokens=cfg.new_tokens, do_sample=False,
         pad_token_id=0)[:, longest:].tolist())
 
@@ -471,20 +454,19 @@ def start(o):
     command += [f'--{name}={getattr(o, name)}' for name in (
         'init_from', 'dataset', 'tokenizer', 'data_dir', 'bad_records', 'batch_size', 'device',
         'dtype', 'compile', 'tokens_per_batch')]
-    took, line = [], ''
+    took, pipes = [], dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for _ in range(2):
         begin = time.perf_counter()
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         with subprocess.Popen(command, **pipes) as process:
-            while not line.startswith('first step'):
-                last, line = line, process.stdout.readline()
-                if not line:
-                    raise RuntimeError(f'no first step; the last words of train.py: {last.strip()}')
+            for line in process.stdout:
+                if line.startswith('first step'):
+                    break
+            else:
+                raise RuntimeError(f'train.py, before its first step: {line.strip()}')
             took.append(time.perf_counter() - begin)
             process.kill()
-        note, line = f'without imports: {line.strip()}', ''
-    row('start', f'{o.batch_size} pairs, {o.dtype}', 's', took[1:],
-        note=f'data and reference prepared; {took[0]:.1f} before; {note}')
+    note = f'data and reference prepared; {took[0]:.1f} before; without imports: {line.strip()}'
+    row('start', f'{o.batch_size} pairs, {o.dtype}', 's', took[1:], note=note)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -501,12 +483,11 @@ def read_options(argv):
     for name, values, choices in (
             ('section', sections, [*SECTIONS, 'all']), ('model', [o.model], list(MODELS)),
             ('losses', o.losses.split(','), ['dpo', 'simpo']),
-            ('orders', o.orders.split(','), ['own', 'sorted']),
-            ('dtype', [o.dtype], ['', 'float32', 'bfloat16']),
-            ('device', [o.device], ['', 'cpu', 'cuda'])):
+            ('orders', o.orders.split(','), ['own', 'sorted'])):
         for value in values:
             if value not in choices:
                 raise InputError(f'{name}: {value!r} is not one of {", ".join(choices)}')
+    train.load_config([f'--device={o.device}', f'--dtype={o.dtype}'])
     train.setup_machine(o)
     cpu = o.device == 'cpu'
     o.batch_size, o.warmup = o.batch_size or (8 if cpu else 64), o.warmup or (1 if cpu else 4)
@@ -524,9 +505,7 @@ def main(argv):
         o.init_from = os.path.join(o.data_dir, 'weights')
         torch.manual_seed(0)
         save(GPT(MODELS[o.model]), o.init_from)
-        if not o.dataset:
-            o.dataset = os.path.join(o.data_dir, 'words.jsonl')
-            write_texts(o.dataset)
+        o.dataset = o.dataset or write_texts(os.path.join(o.data_dir, 'words.jsonl'))
         for section in sections:
             try:
                 SECTIONS[section](o)

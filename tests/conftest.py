@@ -25,9 +25,10 @@ from tokenizer import get_tokenizer      # noqa: E402
 # Tiny models: 2 layers, 4 heads of width 8, 64 positions, the vocabulary of the byte tokenizer.
 VOCAB, BLOCK = 257, 64
 BYTES = dict(vocab_size=VOCAB, bos_token_id=256, eos_token_id=256)
-GPT2 = BYTES | dict(n_positions=BLOCK, n_embd=32, n_layer=2, n_head=4)
+GPT2 = BYTES | dict(n_positions=BLOCK, n_embd=32, n_layer=2, n_head=4, layer_norm_epsilon=1e-3)
 LLAMA = BYTES | dict(max_position_embeddings=BLOCK, hidden_size=32, intermediate_size=48,
-                     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+                     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                     rms_norm_eps=1e-3)
 LLAMA3_SCALING = dict(rope_type='llama3', rope_theta=1000.0, factor=8.0, low_freq_factor=1.0,
                       high_freq_factor=4.0, original_max_position_embeddings=64)
 FAMILIES = {   # name -> (transformers' prefix of Config and LMHeadModel or ForCausalLM, settings)

@@ -131,8 +131,8 @@ def test_visible_is_the_brute_force_mask(K, pad):
     T = len(expected)
     seen = dense_mask(pack(pairs, pad_to=T + pad))
     assert torch.equal(seen[:T, :T], expected)
-    assert not seen[T:, :T].any() and not seen[:T, T:].any()    # padding neither sees nor is seen,
-    assert seen.diagonal().all()                                # and no row is empty: no nan
+    assert not seen[T:, :T].any() and not seen[:T, T:].any()    # padding neither sees nor is seen;
+    assert torch.equal(seen[T:, T:], torch.eye(pad).bool())     # no row is empty: no nan
 
 
 @pytest.mark.parametrize('piece', [1, 30, 256])
@@ -155,7 +155,7 @@ def test_blocks_of_flex_attention_contain_all_that_is_visible():
         dense = torch.nn.functional.pad(dense_mask(batch), 2 * [0, -batch.tokens.numel() % 16])
         needed = dense.unflatten(0, (-1, 16)).unflatten(2, (-1, 16)).any(3).any(1)
         assert not (needed & ~kept).any()
-        assert kept.sum() < 0.5 * kept.numel()                                  # it does skip
+        assert torch.equal(kept, kept.tril()) and kept.sum() < 0.5 * kept.numel()   # it does skip
 
 
 # --------------------------------------------------------------------------------------------------
@@ -432,7 +432,7 @@ def test_forward_is_causal(name):
 
 def cuda_model(name):
     """Heads of width 32: FlexAttention's kernels need 16 or more."""
-    return tiny(name, std=0.15, block_size=128, n_embd=128, head_dim=32).cuda()
+    return tiny(name, std=0.1, block_size=128, n_embd=128, head_dim=32).cuda()
 
 
 @needs_cuda

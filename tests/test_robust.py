@@ -612,5 +612,5 @@ def test_damaged_prepared_data(place, tmp_path, name, spoil):
     folder = prepare.prepare(config(data_dir=tmp_path))
     path = Path(folder, name)
     path.write_bytes(spoil(path.read_bytes()))
-    refused(lambda: train.train(config(data_dir=tmp_path, out_dir=tmp_path / 'run')), name)
+    refused(lambda: train.train(config(data_dir=tmp_path, out_dir=tmp_path / 'run')), folder)
     assert not (tmp_path / 'run').exists()

@@ -258,7 +258,10 @@ def test_what_templates_expect_of_transformers(tmp_path):
     """Templates for training mark the assistant's tokens; tools and documents are None."""
     template = """{% if tools is not none or documents is not none %}{{ 'tools' }}{% endif %}
 {%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}
-{%- if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}
+{%- if m.role == 'assistant' %}
+    {%- generation -%}
+        {{ m.content + '<|im_end|>' }}
+    {%- endgeneration -%}
 {%- else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
     config = dict(eos_token='<|im_end|>')
@@ -412,8 +415,9 @@ def test_chats_that_a_template_refuses_and_text_that_is_none(family, settings):
     mistral, cfg = family('mistral')[0], settings('')
     with pytest.raises(InputError, match='the chat template of .*no system turns'):
         tokenize(turns('a', system='b'), [answer('c')], mistral, cfg)
-    with pytest.raises(InputError, match='surrogate'):
-        encode_record(dict(prompt='a\ud800', chosen='b', rejected='c'), mistral, cfg)
+    for prompt in ('a\ud800', turns('a\ud800')):
+        with pytest.raises(InputError, match='surrogate'):
+            encode_record(dict(prompt=prompt, chosen='b', rejected='c'), mistral, cfg)
 
 
 def test_unknown_names():

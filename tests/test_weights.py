@@ -15,6 +15,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import weights
@@ -91,18 +92,20 @@ def test_saved_models_are_the_same_in_transformers_and_come_back_bit_for_bit(
     same_weights(load(str(tmp_path / 'again')), ours)
 
 
-def test_config_without_the_keys_that_older_versions_left_out(tiny):
-    """Llama 1 had neither grouped queries nor head_dim; GPT-2's file has no n_inner."""
-    for family, keys in (('llama', ['num_key_value_heads', 'head_dim', 'rope_parameters',
-                                    'tie_word_embeddings', 'attention_bias', 'mlp_bias']),
-                         ('gpt2', ['n_inner', 'tie_word_embeddings', 'scale_attn_weights'])):
-        folder, theirs = tiny(family, num_key_value_heads=4)
-        path = os.path.join(folder, 'config.json')
-        with open(path) as f:
-            config = json.load(f)
-        with open(path, 'w') as f:
-            json.dump({key: x for key, x in config.items() if key not in keys}, f)
-        same_logits(load(folder), theirs)
+@pytest.mark.parametrize('family, changed, absent', [
+    ('gpt2', dict(layer_norm_epsilon=1e-5),
+     'n_inner layer_norm_epsilon tie_word_embeddings scale_attn_weights'),
+    ('llama', dict(num_key_value_heads=4, rms_norm_eps=1e-6),
+     'num_key_value_heads head_dim rms_norm_eps rope_parameters tie_word_embeddings mlp_bias')])
+def test_keys_that_a_config_may_lack(family, changed, absent, tiny):
+    """As older files do: Llama 1's has neither grouped queries nor a width of heads."""
+    folder, theirs = tiny(family, **changed)
+    path = os.path.join(folder, 'config.json')
+    with open(path) as f:
+        config = json.load(f)
+    with open(path, 'w') as f:
+        json.dump({key: value for key, value in config.items() if key not in absent.split()}, f)
+    same_logits(load(folder), theirs)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -323,6 +326,7 @@ YARN = dict(rope_type='yarn', factor=4.0, rope_theta=10000.0)
     ('gpt2', dict(n_positions=99), 'wpe.weight gives shape (64, 32), not (99, 32)'),
     ('llama', dict(hidden_act='gelu'), "hidden_act is 'gelu'"),
     ('llama', dict(attention_bias=True), 'attention_bias is True'),
+    ('llama', dict(mlp_bias=True), 'mlp_bias is True'),
     ('llama', dict(rope_parameters=YARN), "rope scaling 'yarn'"),
     ('llama', dict(rope_parameters=None, rope_scaling=dict(type='linear', factor=2.0)),
      "rope scaling 'linear'"),
@@ -429,3 +433,18 @@ def test_models_that_transformers_does_not_have_are_not_saved(tmp_path):
     with pytest.raises(InputError, match='transformers has no gpt2 with such settings'):
         save(model, str(tmp_path / 'out'))
     assert not (tmp_path / 'out').exists()
+
+
+def test_a_disk_that_is_full_leaves_the_old_model(tiny, tmp_path, monkeypatch):
+    model = load(tiny('gpt2')[0])
+    save(model, str(tmp_path / 'out'))
+
+    def save_file(tensors, path, metadata):
+        with open(path, 'wb') as f:
+            f.write(b'half')
+        raise SafetensorError('Error while serializing: I/O error: No space left on device')
+    monkeypatch.setattr(weights, 'save_file', save_file)
+    with pytest.raises(InputError, match='could not be written .*No space left'):
+        save(randomise(model, seed=1), str(tmp_path / 'out'))
+    assert sorted(os.listdir(tmp_path / 'out')) == ['config.json', 'model.safetensors']
+    same_weights(load(str(tmp_path / 'out')), load(str(tmp_path / 'theirs')))
