@@ -96,7 +96,7 @@ def checked(name, value, where, kind):
     literal."""
     kinds = kind.__args__ if isinstance(kind, types.UnionType) else (kind,)
     if where == 'command line' and str not in kinds:
-        with contextlib.suppress(ValueError, SyntaxError):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError):
             value = ast.literal_eval(value)
     if type(value) is int and float in kinds and int not in kinds:
         value = float(value)

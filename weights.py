@@ -14,6 +14,7 @@ import os
 import shutil
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from configurator import InputError, atomic_write, first_line, read_json, run
@@ -263,7 +264,10 @@ def save(model, folder, tokenizer=None):
         raise InputError(f'{folder}: transformers has no {c.model_type} with such settings: {c}')
     os.makedirs(folder, exist_ok=True)
     with atomic_write(os.path.join(folder, 'model.safetensors'), 'wb') as f:
-        save_file(tensors, f.name, metadata={'format': 'pt'})
+        try:
+            save_file(tensors, f.name, metadata={'format': 'pt'})
+        except SafetensorError as e:     # a full disk
+            raise OSError(first_line(e))
     with atomic_write(os.path.join(folder, 'config.json')) as f:
         json.dump(config, f, indent=2)
 

@@ -14,34 +14,28 @@ Speed and memory beside TRL, transformers and tiktoken, on whatever device there
 
 Contestants live in processes of their own and take turns: one works while the other waits. A ratio
 is the median over the rounds, with the least and the greatest. A round of `step` goes from token
-ids to updated weights, and for DPO includes the forward pass of a live reference. TRL runs its own
-training loop, at the fastest of the settings tried (each is printed). Both sides have the same
-weights and token ids; their losses and gradient norms are compared. Utilisation counts the
-arithmetic that is needed (prompt once, vocabulary at response positions, no padding) against the
-fastest matrix product of the model's shapes, measured right after the rounds.
+ids to updated weights, for DPO with the forward pass of a live reference. TRL runs its own training
+loop, at the fastest of the settings tried (each is printed), with the same weights and token ids;
+losses and gradient norms are compared. Utilisation counts the arithmetic that is needed (prompt
+once, vocabulary at response positions, no padding) against the fastest matrix product of the
+model's shapes, measured right after the rounds.
 
-Needs Linux. Left out: evaluation, checkpoints, several GPUs, and the quality of what is learnt
-(weights are random).
+Needs Linux. Left out: evaluation, checkpoints, several GPUs, what is learnt (weights are random).
 """
-import contextlib
 import itertools
 import json
 import multiprocessing
 import os
-import queue
-import random
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from importlib import metadata
-from importlib.util import find_spec
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.benchmark import Timer
 
 import train
@@ -58,7 +52,8 @@ MODELS = dict(
                     n_embd=576, n_inner=1536, norm='rms', gated=True, bias='none',
                     rope_theta=100000.0, model_type='llama'))
 WORDS = 'the of and to in is it you that he was for on are with as his they be at one'.split()
-CONTESTS, TABLE = {}, []        # what has been measured; rows of the last table
+CONTESTS = {}                   # what has been measured
+TABLE = [['section', 'what', 'unit', 'ours', 'theirs', 'times better (range)', 'note'], 7 * ['---']]
 
 
 @dataclass
@@ -70,8 +65,7 @@ class Options(train.Config):    # the dataset, lengths, device, dtype, compile, 
     warmup: int = 0             # rounds before them; 0: 1 on a CPU, 4 on a GPU
     prompts: int = 16           # generate
     new_tokens: int = 128       # generate
-    peers: bool = True          # step and memory: beside TRL, where it is installed
-    # of train.py, with defaults of their own
+    peers: bool = True          # step and memory: beside TRL
     dataset: str = ''           # empty: random words, as long as HH-harmless's texts
     tokenizer: str = 'gpt2'
     val_fraction: float = 0.0
@@ -81,8 +75,7 @@ class Options(train.Config):    # the dataset, lengths, device, dtype, compile, 
 
 
 def row(section, what, unit, numbers, ratios=(), note=''):
-    """A line now, and again in the last table. `numbers`: ours and, if it takes part, the peer's;
-    `ratios`: how many times better ours is, by round."""
+    """A line now, and again in the last table: `numbers` are ours, and a peer's if there is one."""
     ratio = f'{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})' if ratios else ''
     numbers = [f'{x:,.0f}' if x >= 1000 else f'{x:.3g}' for x in numbers]
     TABLE.append([section, what, unit, *(numbers + [''])[:2], ratio, note])
@@ -103,11 +96,10 @@ def speed_row(section, what, unit, amount, rounds, note=''):
 def write_texts(path, n=10000):
     """n records of random words: lengths are log-normals fitted to prompt, chosen and rejected of
     HH-harmless's test split (2,312 pairs, GPT-2's tokens)."""
-    rng = random.Random(4)
+    rng = np.random.default_rng(0)
+    sizes = 1 + rng.lognormal((4.38, 3.37, 3.56), (1.00, 0.87, 0.93), (n, 3)).astype(int)
     with open(path, 'w') as f:
-        for _ in range(n):
-            sizes = [rng.lognormvariate(*fit) for fit in ((4.38, 1), (3.37, 0.87), (3.56, 0.93))]
-            texts = [' ' + ' '.join(rng.choices(WORDS, k=1 + int(size))) for size in sizes]
+        for texts in [[' ' + ' '.join(rng.choice(WORDS, k)) for k in row] for row in sizes]:
             f.write(json.dumps(dict(zip(('prompt', 'chosen', 'rejected'), texts))) + '\n')
     return path
 
@@ -123,16 +115,16 @@ def get_pairs(cfg):
 
 def draw_steps(pairs, batch_size, order, n):
     """The pairs of n steps: as they come, or of like length, at even distances in length."""
-    starts = range(0, n * batch_size, batch_size)
+    starts = np.arange(n) * batch_size
     if order == 'sorted':
         pairs = sorted(pairs, key=lambda pair: len(pair[0]) + max(map(len, pair[1])))
-        starts = [int((i + 0.5) / n * max(0, len(pairs) - batch_size)) for i in range(n)]
-        random.Random(3).shuffle(starts)
-    return [[pairs[i % len(pairs)] for i in range(start, start + batch_size)] for start in starts]
+        starts = (np.arange(n) + 0.5) / n * max(0, len(pairs) - batch_size)
+        starts = np.random.default_rng(3).permutation(starts.astype(int))
+    return [[pairs[(start + i) % len(pairs)] for i in range(batch_size)] for start in starts]
 
 
 def needed(config, steps, loss):
-    """Floating-point operations: a forward pass, a backward pass of two, for DPO the reference's."""
+    """FLOPs: a forward pass, a backward pass of two; for DPO the reference's."""
     c, width, total = config, config.n_head * config.head_dim, 0
     block = c.n_embd * (2 * width + 2 * c.n_kv_head * c.head_dim + (2 + c.gated) * c.n_inner)
     for prompt, (chosen, rejected) in itertools.chain(*steps):
@@ -142,9 +134,9 @@ def needed(config, steps, loss):
     return (4 if loss == 'dpo' else 3) * total
 
 
-def matmul_rate(cfg):
+def matmul_rate(pause, cfg):
     """FLOP/s of the fastest of the model's own matrix products and a square one."""
-    yield
+    pause()
     c, best = MODELS[cfg.model], 0.0
     tokens, square = (2048, 2048) if cfg.device == 'cpu' else (16384, 8192)
     for m, k, n in ((tokens, c.n_embd, c.n_inner), (tokens, c.n_inner, c.n_embd),
@@ -154,7 +146,7 @@ def matmul_rate(cfg):
         timer = Timer('torch.mm(a, b, out=out)', globals=dict(torch=torch, a=a, b=b, out=a @ b),
                       num_threads=torch.get_num_threads())
         best = max(best, 2 * m * k * n / min(timer.blocked_autorange(min_run_time=0.5).times))
-    yield best
+    pause(best)
 
 
 def clock(device):
@@ -177,57 +169,69 @@ def machine(device):
     with open('/proc/cpuinfo') as f:
         cpu = f.read().partition('model name\t: ')[2].partition('\n')[0]
     name = torch.cuda.get_device_name() if device == 'cuda' else cpu
-    versions = [f'{library} {metadata.version(library)}' for library in (
-        'torch', 'transformers', 'trl', 'tiktoken') if find_spec(library)]
+    versions = sorted(f'{d.name} {d.version}' for d in metadata.distributions()
+                      if d.name in ('torch', 'transformers', 'trl', 'tiktoken'))
     git = subprocess.run('git describe --always --dirty'.split(), capture_output=True, text=True)
-    return (f'{name}, {torch.get_num_threads()} threads; {", ".join(versions)}; '
-            f'commit {git.stdout.strip()}')
+    return ', '.join([name, f'{torch.get_num_threads()} threads', *versions, git.stdout.strip()])
 
 
 # --------------------------------------------------------------------------------------------------
-# Processes that take turns
+# Processes that take turns; their work of step, memory and growth
 
 
-def set_up(work, *args):
-    """In the contestant's process. Its work is a generator: it yields when all is set up, and then
-    once a turn."""
-    global contestant
+def child(conn, work, *args):
+    """Run work(pause, *args), where pause(answer) ends a turn and waits for the next."""
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-    contestant = work(*args)
-    next(contestant)
 
-
-def turn():
-    return next(contestant)
+    def pause(answer=None):
+        conn.send(answer)
+        conn.recv()
+    try:
+        conn.recv()
+        work(pause, *args)
+    except Exception as e:                   # of any library; or EOFError: there is no further turn
+        conn.send(RuntimeError(first_line(e)))
 
 
 def take_turns(n, *contestants):
-    """n rounds of each (work, *args), in processes of their own -> for each the list of what it
-    yields."""
-    with contextlib.ExitStack() as stack:
-        pools = []
+    """A turn to set up, then n rounds of each (work, *args) in its own process -> answers."""
+    context, running = multiprocessing.get_context('spawn'), []
+
+    def turn(conn):
+        try:
+            conn.send('go')
+            answer = conn.recv()
+        except (EOFError, OSError):
+            raise RuntimeError('the process died; out of memory?')
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+    try:
         for contestant in contestants:
-            pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn'))
-            pools.append(stack.enter_context(pool))
-            pool.submit(set_up, *contestant).result()
-        rounds = [[pool.submit(turn).result() for pool in pools] for _ in range(n)]
+            here, there = context.Pipe()
+            running.append(here)
+            context.Process(target=child, args=(there, *contestant)).start()
+            there.close()
+            turn(here)
+        rounds = [[turn(conn) for conn in running] for _ in range(n)]
+    finally:
+        for conn in running:
+            conn.close()
+        for process in multiprocessing.active_children():
+            process.join()
     return [list(answers) for answers in zip(*rounds)]
 
 
-def repeat(device, work):
+def repeat(pause, device, work):
     """A turn is one call of work()."""
-    yield
+    pause()
     while True:
         begin, result = clock(device), work()
-        yield dict(seconds=clock(device) - begin, result=result)
+        pause(dict(seconds=clock(device) - begin, result=result))
 
 
-# --------------------------------------------------------------------------------------------------
-# Rounds of a step: ours, TRL's
-
-
-def ours(cfg, steps):
+def ours(pause, cfg, steps):
     """The steps of train.train(), by the same functions."""
     B, pairs = cfg.batch_size, list(itertools.chain(*steps))
     cfg.options = train.loss_options(cfg)
@@ -239,7 +243,7 @@ def ours(cfg, steps):
     def load_step(k):
         return list(train.batches(pairs, np.arange(len(pairs))[k * B:(k + 1) * B], 2, cfg))
     waiting = load_step(0)
-    yield
+    pause()
     for k in range(len(steps)):
         begin, sums = clock(cfg.device), 0
         for rows, batch in waiting:
@@ -257,29 +261,19 @@ def ours(cfg, steps):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         end = clock(cfg.device)
-        yield dict(seconds=end - begin, loss=loss, norm=norm, peak=peak_memory(cfg.device))
+        pause(dict(seconds=end - begin, loss=loss, norm=norm, peak=peak_memory(cfg.device)))
 
 
-def trl_trainer(cfg, steps, rows, attention, compiled):
-    """DPOTrainer, or CPOTrainer with SimPO's loss. The words of its texts are our token ids."""
+def trl(pause, cfg, steps, rows, attention, compiled):
+    """The train() of DPOTrainer, or of CPOTrainer with SimPO's loss; it pauses after each step. The
+    words of its texts are our token ids."""
+    train.setup_machine(cfg)                 # tuned as ours is
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast, TrainerCallback
     from trl import DPOConfig, DPOTrainer
     from trl.experimental.cpo import CPOConfig, CPOTrainer
-    cpu, dpo, config = cfg.device == 'cpu', cfg.loss == 'dpo', MODELS[cfg.model]
-    objective = dict(beta=0.1) if dpo else dict(
-        loss_type='simpo', beta=2.0, simpo_gamma=0.5, cpo_alpha=0.0)
-    args = (DPOConfig if dpo else CPOConfig)(
-        output_dir=cfg.data_dir, max_steps=len(steps), per_device_train_batch_size=rows,
-        gradient_accumulation_steps=cfg.batch_size // rows, max_length=config.block_size,
-        train_sampling_strategy='sequential', learning_rate=cfg.learning_rate, weight_decay=0.0,
-        lr_scheduler_type='constant', optim='adamw_torch_fused', max_grad_norm=cfg.grad_clip,
-        bf16=cfg.dtype == 'bfloat16', torch_compile=compiled, gradient_checkpointing=False,
-        use_cpu=cpu, dataloader_num_workers=0 if cpu else 2, dataloader_pin_memory=not cpu,
-        logging_steps=1, logging_nan_inf_filter=False, save_strategy='no', report_to='none',
-        model_init_kwargs=dict(attn_implementation=attention, dtype='float32'), **objective)
-    end, last = '<|endoftext|>', config.vocab_size - 1
+    end, last = '<|endoftext|>', MODELS[cfg.model].vocab_size - 1
     ids = {str(i): i for i in range(last)} | {end: last}
     words = Tokenizer(models.WordLevel(ids, unk_token=end))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -288,56 +282,42 @@ def trl_trainer(cfg, steps, rows, attention, compiled):
     for prompt, responses in itertools.chain(*steps):
         texts = [''.join(f' {i}' for i in part) for part in (prompt, *(r[:-1] for r in responses))]
         data.append(dict(prompt=texts[0], chosen=texts[1] + end, rejected=texts[2] + end))
-    return (DPOTrainer if dpo else CPOTrainer)(
-        model=cfg.init_from, args=args, train_dataset=Dataset.from_list(data),
-        processing_class=tokenizer)
-
-
-def trl(cfg, steps, *settings):
-    """The trainer's own train(), in a thread that stands still between the turns."""
-    train.setup_machine(cfg)                 # tuned as ours is
-    from transformers import TrainerCallback
-    answers, turns = queue.Queue(), queue.Queue()
 
     class Turns(TrainerCallback):
         def on_train_begin(self, *args, **kwargs):
-            self.pause()
+            pause()
+            self.begin = clock(cfg.device)
 
         def on_log(self, args, state, control, logs, **kwargs):
             took, peak = clock(cfg.device) - self.begin, peak_memory(cfg.device)
-            self.pause(dict(seconds=took, loss=logs['loss'], norm=logs['grad_norm'], peak=peak))
-
-        def pause(self, answer=None):
-            answers.put(answer)
-            turns.get()
+            pause(dict(seconds=took, loss=logs['loss'], norm=logs['grad_norm'], peak=peak))
             self.begin = clock(cfg.device)
-
-    def run_trainer():
-        try:
-            trainer.train()
-        except Exception as e:               # of any library
-            answers.put(e)
-    trainer = trl_trainer(cfg, steps, *settings)
-    trainer.add_callback(Turns())
-    threading.Thread(target=run_trainer, daemon=True).start()
-    while True:
-        answer = answers.get()
-        if isinstance(answer, Exception):
-            raise RuntimeError(first_line(answer))
-        yield answer
-        turns.put('go')
+    trainer, config, objective = DPOTrainer, DPOConfig, dict(beta=0.1)
+    if cfg.loss == 'simpo':
+        trainer, config = CPOTrainer, CPOConfig
+        objective = dict(loss_type='simpo', beta=2.0, simpo_gamma=0.5, cpo_alpha=0.0)
+    cpu = cfg.device == 'cpu'
+    args = config(
+        output_dir=cfg.data_dir, max_steps=len(steps), per_device_train_batch_size=rows,
+        gradient_accumulation_steps=cfg.batch_size // rows, train_sampling_strategy='sequential',
+        max_length=MODELS[cfg.model].block_size, learning_rate=cfg.learning_rate, weight_decay=0.0,
+        lr_scheduler_type='constant', optim='adamw_torch_fused', max_grad_norm=cfg.grad_clip,
+        bf16=cfg.dtype == 'bfloat16', torch_compile=compiled, gradient_checkpointing=False,
+        use_cpu=cpu, dataloader_num_workers=0 if cpu else 2, logging_steps=1,
+        logging_nan_inf_filter=False, save_strategy='no', report_to='none',
+        model_init_kwargs=dict(attn_implementation=attention, dtype='float32'), **objective)
+    trainer(model=cfg.init_from, args=args, train_dataset=Dataset.from_list(data),
+            processing_class=tokenizer, callbacks=[Turns()]).train()
 
 
 # --------------------------------------------------------------------------------------------------
-# The sections
+# The sections and the command
 
 
 def search(cfg, steps):
-    """TRL's settings that run here -> [(seconds, peak memory, words, settings), ...], fastest first.
-
-    Pairs in a forward pass: fewer than a step's, with gradients accumulated, need less padding.
-    Not tried: padding_free, which TRL 1.16 turns off itself; offloading and gradient checkpointing,
-    which cost time."""
+    """TRL's settings that run here, fastest first: [(seconds, GiB, words, settings), ...]. Fewer
+    pairs in a forward pass, with gradients accumulated, need less padding. Not tried: what costs
+    time (gradient checkpointing, offloading), and padding_free, which TRL 1.16 turns off itself."""
     B, cpu, tried = cfg.batch_size, cfg.device == 'cpu', []
     rows = sorted({n for n in (1 if cpu else B, B // 4, B) if n and B % n == 0})
     axes = rows, ['sdpa', 'eager'] if cpu else ['sdpa'], sorted({False, cfg.compile})
@@ -345,33 +325,32 @@ def search(cfg, steps):
         words = f'TRL {settings[1]}, {settings[0]} a pass' + ', compile' * settings[2]
         try:
             last = take_turns(cfg.warmup + 1, (trl, cfg, steps, *settings))[0][-1]
+            tried.append((last['seconds'], last['peak'], words, settings))
+            words += f': {B / last["seconds"]:.2f} pairs/s, {last["peak"]:.2f} GiB'
         except RuntimeError as e:
-            print(f'  {cfg.loss}, {words}: does not run here ({e})')
-            continue
-        tried.append((last['seconds'], last['peak'], words, settings))
-        print(f'  {cfg.loss}, {words}: {B / last["seconds"]:.2f} pairs/s, {last["peak"]:.2f} GiB')
+            words += f': does not run here ({e})'
+        print(f'  {cfg.loss}, {words}')
     return sorted(tried)
 
 
 def contest(cfg, order, peers):
-    """Steps of ours and, with `peers`, of TRL's at its fastest -> what it is, the rounds of each, a
-    note, TRL's settings."""
+    """Steps of ours and, with `peers`, of TRL's at its fastest -> (words, rounds of each, note)."""
     steps = draw_steps(get_pairs(cfg), cfg.batch_size, order, cfg.warmup + cfg.repeats)
-    tried = search(cfg, steps) if peers and find_spec('trl') else []
+    tried = search(cfg, steps) if peers else []
     theirs = [(trl, cfg, steps, *settings) for *_, settings in tried[:1]]
     rounds = take_turns(len(steps), (ours, cfg, steps), *theirs)
     rate = take_turns(1, (matmul_rate, cfg))[0][0]
     what, note = f'{cfg.loss}, {order} order, {cfg.batch_size} pairs, {cfg.dtype}', ''
+    what += ', compile' * cfg.compile
     if tried:
         what += f'; {tried[0][2]}'
-        apart = max(max(abs(a['loss'] - b['loss']), abs(a['norm'] / b['norm'] - 1))
-                    for a, b in zip(*rounds))
-        differ = ': THEY DIFFER' if cfg.dtype == 'float32' and apart > 1e-3 else ''
+        apart = max(abs(a[x] / b[x] - 1) for a, b in zip(*rounds) for x in ('loss', 'norm'))
+        differ = ': THEY DIFFER' if cfg.dtype == 'float32' and not apart <= 1e-3 else ''
         note = f'; losses and gradient norms within {apart:.0e}{differ}'
     rounds = [answers[cfg.warmup:] for answers in rounds]
     least = needed(MODELS[cfg.model], steps[cfg.warmup:], cfg.loss) / rate   # if products were all
     used = ' and '.join(f'{least / sum(a["seconds"] for a in answers):.0%}' for answers in rounds)
-    return what, rounds, f'utilisation {used} of {rate / 1e9:,.0f} GFLOP/s{note}', tried
+    return what, rounds, f'utilisation {used} of {rate / 1e9:,.0f} GFLOP/s{note}'
 
 
 def contests(o):
@@ -382,36 +361,35 @@ def contests(o):
 
 
 def step(o):
-    for what, rounds, note, _ in contests(o):
+    for what, rounds, note in contests(o):
         speed_row('step', what, 'pairs', o.batch_size, rounds, note)
 
 
 def memory(o):
-    for what, rounds, _, tried in contests(o):
+    for what, rounds, _ in contests(o):
         peaks = [answers[-1]['peak'] for answers in rounds]
-        note = ', '.join(f'{peak:.2f} for {words}' for _, peak, words, _ in tried[1:])
-        row('memory', what, 'GiB', peaks, [peak / peaks[0] for peak in peaks[1:]], note)
+        row('memory', what, 'GiB', peaks, [peak / peaks[0] for peak in peaks[1:]])
 
 
 def growth(o):
     sizes = (8, 32) if o.device == 'cpu' else (8, 64, 256)
     for length, size in itertools.product((256, 512, 1024), sizes):
         cfg = replace(o, max_length=length, max_prompt_length=length // 2, batch_size=size)
-        what, rounds, note, _ = contest(cfg, 'own', peers=False)
-        note = f'{rounds[0][-1]["peak"]:.2f} GiB, {note}'
-        speed_row('growth', f'max_length {length}, {what}', 'pairs', size, rounds, note)
+        what, rounds, note = contest(cfg, 'own', peers=False)
+        speed_row('growth', f'max_length {length}, {what}', 'pairs', size, rounds,
+                  f'{rounds[0][-1]["peak"]:.2f} GiB, {note}')
 
 
-def our_prepare(cfg):
-    yield from repeat('cpu', lambda: prepare(replace(cfg, data_dir=tempfile.mkdtemp(dir=cfg.data_dir))))
+def our_prepare(pause, cfg):
+    repeat(pause, 'cpu', lambda: prepare(replace(cfg, data_dir=tempfile.mkdtemp(dir=cfg.data_dir))))
 
 
-def their_prepare(cfg):
+def their_prepare(pause, cfg):
     tokenizer, pairs = get_tokenizer(cfg.tokenizer), Pairs(prepare(cfg))
-    parts = [part for i in pairs.train for part in (pairs[i][0], *(r[:-1] for r in pairs[i][1]))]
-    texts = [tokenizer.decode(part.tolist()) for part in parts]
+    texts = [tokenizer.decode(part.tolist()) for i in pairs.train
+             for part in (pairs[i][0], *(r[:-1] for r in pairs[i][1]))]
     encode = tokenizer.encoding.encode_ordinary_batch
-    yield from repeat('cpu', lambda: len(encode(texts, num_threads=os.cpu_count())))
+    repeat(pause, 'cpu', lambda: len(encode(texts, num_threads=os.cpu_count())))
 
 
 def preparation(o):
@@ -421,21 +399,20 @@ def preparation(o):
     speed_row('prepare', f'{o.tokenizer}; tiktoken', 'tokens', tokens, [a[1:] for a in rounds])
 
 
-def our_generate(cfg, prompts):
+def our_generate(pause, cfg, prompts):
     model = load(cfg.init_from).to(cfg.device)
-    repeat(cfg.device, lambda: generate(
+    repeat(pause, cfg.device, lambda: generate(
         model, prompts, cfg.new_tokens, {-1}, temperature=0))                  # -1: nothing ends
 
 
-def their_generate(cfg, prompts):
+def their_generate(pause, cfg, prompts):
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(cfg.init_from).to(cfg.device)
-    longest = max(map(len, prompts))
-    tokens, mask = (torch.tensor([[0] * (longest - len(row)) + row for row in rows]).to(cfg.device)
+    tokens, mask = (pad_sequence(list(map(torch.tensor, rows)), True, 0, 'left').to(cfg.device)
                     for rows in (prompts, [[1] * len(prompt) for prompt in prompts]))
-    repeat(cfg.device, lambda: model.generate(
+    repeat(pause, cfg.device, lambda: model.generate(
         tokens, attention_mask=mask, max_new_tokens=cfg.new_tokens, do_sample=False,
-        pad_token_id=0)[:, longest:].tolist())
+        pad_token_id=0)[:, tokens.size(1):].tolist())
 
 
 def generation(o):
@@ -451,51 +428,37 @@ def start(o):
     """config/dpo_gpt2.py on these weights, twice: the second finds data and reference prepared."""
     command = [sys.executable, '-u', 'train.py', 'config/dpo_gpt2.py', '--max_iters=8',
                '--eval_pairs=1', '--overwrite', f'--out_dir={os.path.join(o.data_dir, "run")}']
-    command += [f'--{name}={getattr(o, name)}' for name in (
-        'init_from', 'dataset', 'tokenizer', 'data_dir', 'bad_records', 'batch_size', 'device',
-        'dtype', 'compile', 'tokens_per_batch')]
-    took, pipes = [], dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    names = 'init_from dataset tokenizer data_dir bad_records batch_size device dtype compile'
+    command += [f'--{name}={getattr(o, name)}' for name in names.split()]
+    took = []
     for _ in range(2):
         begin = time.perf_counter()
-        with subprocess.Popen(command, **pipes) as process:
-            for line in process.stdout:
-                if line.startswith('first step'):
-                    break
-            else:
-                raise RuntimeError(f'train.py, before its first step: {line.strip()}')
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            line = next((line for line in process.stdout if line.startswith('first step')), '')
             took.append(time.perf_counter() - begin)
             process.kill()
+        if not line:
+            raise RuntimeError('train.py has not come to its first step')
     note = f'data and reference prepared; {took[0]:.1f} before; without imports: {line.strip()}'
     row('start', f'{o.batch_size} pairs, {o.dtype}', 's', took[1:], note=note)
 
-
-# --------------------------------------------------------------------------------------------------
-# The command
 
 SECTIONS = dict(step=step, memory=memory, growth=growth, prepare=preparation, generate=generation,
                 start=start)
 
 
-def read_options(argv):
-    """[SECTION ...] [--name=value ...] -> (names of sections, Options). Raises InputError."""
+def main(argv):
     sections = [arg for arg in argv if not arg.startswith('-')]
     o = configure(Options, [arg for arg in argv if arg.startswith('-')])
-    for name, values, choices in (
-            ('section', sections, [*SECTIONS, 'all']), ('model', [o.model], list(MODELS)),
-            ('losses', o.losses.split(','), ['dpo', 'simpo']),
-            ('orders', o.orders.split(','), ['own', 'sorted'])):
-        for value in values:
-            if value not in choices:
-                raise InputError(f'{name}: {value!r} is not one of {", ".join(choices)}')
-    train.load_config([f'--device={o.device}', f'--dtype={o.dtype}'])
+    for names, choices in ((sections, [*SECTIONS, 'all']), ([o.model], list(MODELS)),
+                           (o.losses.split(','), ['dpo', 'simpo']),
+                           (o.orders.split(','), ['own', 'sorted'])):
+        if unknown := set(names) - set(choices):
+            raise InputError(f'{unknown.pop()!r} is not one of {", ".join(choices)}')
+    train.load_config([f'--device={o.device}', f'--dtype={o.dtype}'])    # raises InputError
     train.setup_machine(o)
     cpu = o.device == 'cpu'
     o.batch_size, o.warmup = o.batch_size or (8 if cpu else 64), o.warmup or (1 if cpu else 4)
-    return list(SECTIONS) if not sections or 'all' in sections else sections, o
-
-
-def main(argv):
-    sections, o = read_options(argv)
     sys.stdout.reconfigure(line_buffering=True)
     # for the contestants: who waits must not spin; nothing is asked of the hub
     os.environ |= dict(OMP_WAIT_POLICY='PASSIVE', HF_HUB_OFFLINE='1')
@@ -506,15 +469,13 @@ def main(argv):
         torch.manual_seed(0)
         save(GPT(MODELS[o.model]), o.init_from)
         o.dataset = o.dataset or write_texts(os.path.join(o.data_dir, 'words.jsonl'))
-        for section in sections:
+        for section in SECTIONS if 'all' in sections or not sections else sections:
             try:
                 SECTIONS[section](o)
             except (RuntimeError, InputError) as e:
                 print(f'  {section}: does not run here ({e})')
-    columns = ['section', 'what', 'unit', 'ours', 'theirs', 'times better (range)', 'note']
     print(f'\n{head}\n')
-    for line in [columns, ['---'] * len(columns), *TABLE]:
-        print('| ' + ' | '.join(line) + ' |')
+    print('\n'.join('| ' + ' | '.join(line) + ' |' for line in TABLE))
 
 
 if __name__ == '__main__':

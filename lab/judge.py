@@ -301,7 +301,8 @@ def main(argv):
             records.append(as_record(prompt, *found))
     with atomic_write(out) as f:
         f.writelines(json.dumps(record) + '\n' for record in records)
-    print(summary(scores))
+    if verb in ('score', 'label'):
+        print(summary(scores))
     print(f'{len(records):,} records of {len(entries):,} -> {out}')
 
 
