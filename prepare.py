@@ -370,6 +370,8 @@ def tokenize_chat(prompt, responses, tokenizer, longest):
     if its last turn alone is too long, the start of that; never the system turn or the opening."""
     turns, notes = list(prompt), []
     system = [turns.pop(0)] if turns[0]['role'] == 'system' else []
+    last = tokenizer.encode(turns[-1]['content'] if turns else '')
+    keep = len(last)                     # tokens of the last turn; fewer each time around
     while True:
         text = tokenizer.render(system + turns, opening=True)
         ids = tokenizer.encode_rendered(text)
@@ -378,11 +380,11 @@ def tokenize_chat(prompt, responses, tokenizer, longest):
             break
         notes = ['chats that lost early turns']
         second = next((i for i, m in enumerate(turns) if i and m['role'] == 'user'), 0)
-        content = tokenizer.encode(turns[-1]['content'])
         if second:
             turns = turns[second:]
-        elif excess < len(content):
-            end = tokenizer.decode(content[excess:].tolist()).lstrip('\ufffd')
+        elif keep > excess:
+            keep -= excess
+            end = tokenizer.decode(last[len(last) - keep:].tolist()).lstrip('\ufffd')
             turns = [*turns[:-1], turns[-1] | dict(content=end)]
         else:
             return None, None, ['dropped: the chat does not fit max_prompt_length']
@@ -483,9 +485,10 @@ def leave_signals():
 # The files
 
 
-def source_text(function):
-    """The file that a function is from: what a cache must not outlive."""
-    with open(inspect.getsourcefile(function), encoding='utf-8') as f:
+def source_text(source):
+    """The text of the file that a function or a class is from: what a cache must not outlive."""
+    methods = [f for f in vars(source).values() if inspect.isfunction(f)]
+    with open((methods or [source])[0].__code__.co_filename, encoding='utf-8') as f:
         return f.read()
 
 

@@ -82,8 +82,11 @@ class Tokenizer:
         """Text -> (n,) ids. What spells a special token, '<|endoftext|>' say, is ordinary text."""
         if self.encoding is not None:
             return self.encoding.encode_to_numpy(text, disallowed_special=())
-        self.hf.encode_special_tokens = True
+        return self.hf_ids(text, as_text=True)
+
+    def hf_ids(self, text, as_text):
         text.encode()                    # raises UnicodeEncodeError, as tiktoken does
+        self.hf.encode_special_tokens = as_text
         return np.array(self.hf.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
 
     def decode(self, ids):
@@ -118,8 +121,7 @@ class Tokenizer:
             return np.concatenate([
                 np.array([self.special[part]], dtype=np.uint32) if part in self.special
                 else self.encode(part.replace(MARK, '')) for part in parts if part])
-        self.hf.encode_special_tokens = False
-        return np.array(self.hf.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+        return self.hf_ids(text, as_text=False)
 
 
 def plain_chat(messages):
@@ -134,7 +136,9 @@ def compile_template(source, name, words):
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     if isinstance(source, list):         # several, by name
         source = next((t['template'] for t in source if t['name'] == 'default'), '')
-    source = re.sub(r'{%-?\s*(end)?generation\s*-?%}', '', source)   # marks what to train on
+    # {% generation %} marks the answers, for training; it writes nothing
+    source = re.sub(r'({%-?\s*)generation(\s*-?%})', r'\1if true\2', source)
+    source = re.sub(r'({%-?\s*)endgeneration(\s*-?%})', r'\1endif\2', source)
     sandbox = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols'])
 

@@ -67,7 +67,7 @@ class Options(train.Config):    # the dataset, lengths, device, dtype, compile, 
     new_tokens: int = 128       # generate
     peers: bool = True          # step and memory: beside TRL
     dataset: str = ''           # empty: random words, as long as HH-harmless's texts
-    tokenizer: str = 'gpt2'
+    tokenizer: str = 'gpt2'     # start, with llama: byte, which has fewer tokens
     val_fraction: float = 0.0
     bad_records: str = 'skip'
     reference: str = 'live'
@@ -94,8 +94,8 @@ def speed_row(section, what, unit, amount, rounds, note=''):
 
 
 def write_texts(path, n=10000):
-    """n records of random words: lengths are log-normals fitted to prompt, chosen and rejected of
-    HH-harmless's test split (2,312 pairs, GPT-2's tokens)."""
+    """n records of random words. Lengths are log-normals fitted to HH-harmless's test split (2,312
+    prompts, chosen and rejected responses, in tokens of GPT-2)."""
     rng = np.random.default_rng(0)
     sizes = 1 + rng.lognormal((4.38, 3.37, 3.56), (1.00, 0.87, 0.93), (n, 3)).astype(int)
     with open(path, 'w') as f:
@@ -239,7 +239,6 @@ def ours(pause, cfg, steps):
     model = load(cfg.init_from).to(cfg.device)
     reference, *_ = train.make_reference(model, pairs, np.arange(len(pairs)), cfg)
     optimizer = train.make_optimizer(model, cfg)
-
     def load_step(k):
         return list(train.batches(pairs, np.arange(len(pairs))[k * B:(k + 1) * B], 2, cfg))
     waiting = load_step(0)
@@ -402,7 +401,7 @@ def preparation(o):
 def our_generate(pause, cfg, prompts):
     model = load(cfg.init_from).to(cfg.device)
     repeat(pause, cfg.device, lambda: generate(
-        model, prompts, cfg.new_tokens, {-1}, temperature=0))                  # -1: nothing ends
+        model, prompts, cfg.new_tokens, ends={-1}, temperature=0))             # -1: nothing ends
 
 
 def their_generate(pause, cfg, prompts):
@@ -457,11 +456,10 @@ def main(argv):
             raise InputError(f'{unknown.pop()!r} is not one of {", ".join(choices)}')
     train.load_config([f'--device={o.device}', f'--dtype={o.dtype}'])    # raises InputError
     train.setup_machine(o)
-    cpu = o.device == 'cpu'
-    o.batch_size, o.warmup = o.batch_size or (8 if cpu else 64), o.warmup or (1 if cpu else 4)
+    o.batch_size = o.batch_size or (8 if o.device == 'cpu' else 64)
+    o.warmup = o.warmup or (1 if o.device == 'cpu' else 4)
     sys.stdout.reconfigure(line_buffering=True)
-    # for the contestants: who waits must not spin; nothing is asked of the hub
-    os.environ |= dict(OMP_WAIT_POLICY='PASSIVE', HF_HUB_OFFLINE='1')
+    os.environ |= dict(OMP_WAIT_POLICY='PASSIVE', HF_HUB_OFFLINE='1')    # who waits must not spin
     head = f'{machine(o.device)}; {o.model}, max_length {o.max_length}'
     print(head)
     with tempfile.TemporaryDirectory() as o.data_dir:

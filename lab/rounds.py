@@ -30,7 +30,7 @@ import sample
 import train
 from configurator import InputError, atomic_write, configure, run
 from lab.judge import LABELS, as_record, encode, load_judge, rank, read_texts
-from prepare import converted, read_source
+from prepare import records_of
 from tokenizer import get_tokenizer
 from weights import load, tokenizer_of
 
@@ -103,8 +103,7 @@ def train_rounds(cfg):
     cfg.tokenizer = cfg.tokenizer or tokenizer_of(cfg.init_from)
     cfg.truncation = 'cut'               # sampled responses fit
     judge = load_judge(cfg.judge, cfg.device)
-    stream = read_source(cfg.dataset, cfg.split)
-    entries = read_texts(stream if cfg.convert is None else converted(stream, cfg.convert))
+    entries = read_texts((where, raw) for _, where, raw in records_of(cfg))
     base, newest, settings = cfg.reference_from or cfg.init_from, cfg.init_from, {}
     for field in fields(train.Config):
         settings[field.name] = getattr(cfg, field.name)

@@ -1,76 +1,96 @@
-"""bench.py at its smallest: a tiny model, no peers, and no time asserted."""
+"""lab/bench.py at its smallest: a tiny model, no peers, and no time asserted."""
+import copy
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-import bench
+import model
+from configurator import InputError
 from dpo import dpo_loss
-from model import GPT, GPTConfig
+from lab import bench
+from simpo import simpo_loss
+from weights import load, save
 
-HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-TINY = ['--model=tiny', '--peers=False', '--batch_size=2', '--repeats=1', '--max_length=32', '--losses=dpo']
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TINY = ['--model=tiny', '--peers=False', '--tokenizer=byte', '--batch_size=2', '--repeats=1',
+        '--max_length=48', '--max_prompt_length=24', '--losses=dpo', '--orders=own', '--device=cpu']
 
 
-def run(*argv):
-    return subprocess.run([sys.executable, 'bench.py', *argv], cwd=HERE, capture_output=True, text=True)
-
-
-def test_one_section_from_the_command_line():
-    done = run('step', 'memory', '--orders=own', *TINY)
+def test_one_contest_from_the_command_line():
+    done = subprocess.run([sys.executable, '-m', 'lab.bench', 'step', 'memory', *TINY], cwd=ROOT,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     table = [line for line in done.stdout.splitlines() if line.startswith('| ')]
     assert [line.split(' | ')[0] for line in table] == ['| section', '| ---', '| step', '| memory']
     assert 'utilisation' in table[2] and 'GiB' in table[3]
-    assert os.path.abspath(HERE) not in done.stdout
 
 
 @pytest.mark.parametrize('argument, word', [
-    ('stpe', "'stpe'"), ('--repeats=x', 'repeats'), ('--modle=tiny', 'modle')])
+    ('stpe', "'stpe'"), ('--repeats=x', 'repeats'), ('--modle=tiny', "'model'"),
+    ('--losses=dop', "'dop'"), ('--dtype=half', 'dtype')])
 def test_a_wrong_argument_is_named(argument, word):
-    with pytest.raises(bench.prepare.InputError, match=word):
+    with pytest.raises(InputError, match=word):
         bench.main([argument])
 
 
 def test_needed_arithmetic_is_what_was_worked_out_by_hand():
-    gpt2 = dict(n_layer=12, n_embd=768, vocab_size=50257)
-    pair = ([0] * 112, [[0] * 40, [0] * 49])      # HH-harmless's means: 125 GFLOP, 165 with the reference
+    pair = ([0] * 112, [[0] * 40, [0] * 49])      # means of HH-harmless: 125 GFLOPs, with 165 for DPO
+    gpt2 = bench.MODELS['gpt2']
     assert bench.needed(gpt2, [[pair]], 'simpo') == pytest.approx(125e9, rel=0.01)
     assert bench.needed(gpt2, [[pair], [pair]], 'dpo') == pytest.approx(2 * 165e9, rel=0.02)
+    # one layer, 2 heads of width 4 on 1 of keys: q 8x8, k and v 8x4 each, out 8x8; gate, up, down 8x16
+    llama = model.GPTConfig(n_layer=1, n_head=2, n_kv_head=1, n_embd=8, n_inner=16, gated=True, vocab_size=10)
+    linear = 2 * (64 + 2 * 32 + 64 + 3 * 128) * 4          # 2 prompt tokens and 2 responses of 1
+    head, attention = 2 * 10 * 8 * 2, 2 * 2 * 8 * (2 + 2.5 + 2.5)      # keys that are seen: t^2/2
+    assert bench.needed(llama, [[([0, 0], [[0], [0]])]], 'simpo') == 3 * (linear + head + attention)
 
 
-def test_a_round_is_the_step_it_says(tmp_path):
+def plain_steps(policy, steps, loss):
+    """The slow twin of bench.ours: every response with its prompt, one at a time -> [(loss, norm), ...]"""
+    frozen = copy.deepcopy(policy)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.0)
+
+    def logps(gpt, pairs):                   # -> (2, B)
+        return torch.stack([torch.stack([
+            gpt(torch.tensor([p + rs[k]])).log_softmax(-1)[0, len(p) - 1:-1].gather(
+                1, torch.tensor(rs[k])[:, None]).sum() for p, rs in pairs]) for k in (0, 1)])
+    for pairs in steps:
+        given = logps(frozen, pairs).detach() if loss == 'dpo' else torch.tensor(
+            [[float(len(rs[k])) for _, rs in pairs] for k in (0, 1)])
+        losses = (dpo_loss if loss == 'dpo' else simpo_loss)(*logps(policy, pairs), *given)[0]
+        losses.mean().backward()
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield losses.mean().item(), norm.item()
+
+
+@pytest.mark.parametrize('loss', ['dpo', 'simpo'])
+def test_rounds_of_ours_are_the_steps_they_say(loss, tmp_path):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16))
-    model.save_pretrained(tmp_path)
-    o = SimpleNamespace(pairs='', folder=str(tmp_path))
-    batches = bench.draw_batches(bench.get_pairs(o, 24, n=12), 3, 'sorted', 2)
-    job = SimpleNamespace(loss='dpo', device='cpu', dtype='float32', compile=False, weights=str(tmp_path),
-                          tokens_per_batch=60, batches=batches)
-    rounds = bench.our_rounds(job)
-    assert next(rounds) is None
-    first, second = rounds
-    given = torch.from_numpy(bench.given_reference(batches[0]))
-    logps = torch.from_numpy(first['logps'])
-    expected = dpo_loss(logps[:, 0], logps[:, 1], given[:, 0], given[:, 1])[0].mean()
-    assert first['loss'] == pytest.approx(expected.item(), abs=1e-6) and abs(first['loss'] - np.log(2)) > 1e-4
-    prompt, (chosen, _) = batches[0][0]
-    with torch.no_grad():
-        rows = model(torch.tensor([prompt + chosen])).log_softmax(-1)[0, len(prompt) - 1:-1]
-    total = rows.gather(1, torch.tensor(chosen)[:, None]).sum().item()
-    assert logps[0, 0].item() == pytest.approx(total, rel=1e-5)
-    assert second['step'] > 0 and second['peak'] > 0
+    save(model.GPT(model.GPTConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=257)), str(tmp_path / 'w'))
+    cfg = bench.Options(
+        loss=loss, dataset=bench.write_texts(str(tmp_path / 'words.jsonl'), 40), tokenizer='byte',
+        data_dir=str(tmp_path), init_from=str(tmp_path / 'w'), device='cpu', batch_size=3,
+        model='tiny', max_length=24, max_prompt_length=12, tokens_per_batch=60, learning_rate=1e-3)
+    steps, answers = bench.draw_steps(bench.get_pairs(cfg), 3, 'own', 3), []
+    steps = [[([t % 257 for t in p], [[t % 257 for t in r] for r in rs]) for p, rs in s] for s in steps]
+    bench.ours(answers.append, cfg, steps)
+    assert answers.pop(0) is None and len(answers) == 3
+    for answer, (value, norm) in zip(answers, plain_steps(load(cfg.init_from), steps, loss)):
+        assert answer['loss'] == pytest.approx(value, rel=1e-4)
+        assert answer['norm'] == pytest.approx(norm, rel=1e-3)
+        assert answer['seconds'] > 0 and answer['peak'] > 0
+    assert abs(answers[2]['loss'] - answers[0]['loss']) > 1e-4         # the policy has moved
 
 
-def test_batches_by_length_hold_pairs_of_like_length():
-    o = SimpleNamespace(pairs='', folder='')
-    pairs = bench.get_pairs(o, 256, n=400)
-    longest = {order: [[len(p) + max(map(len, r)) for p, r in batch] for batch in
-                       bench.draw_batches(pairs, 8, order, 5)] for order in ('sorted', 'own')}
-    spread = {order: np.mean([max(row) - min(row) for row in rows]) for order, rows in longest.items()}
+def test_steps_by_length_have_pairs_of_like_length():
+    rng = np.random.default_rng(0)
+    pairs = [([0] * n, [[0] * m, [0]]) for n, m in rng.integers(1, 100, (400, 2)).tolist()]
+    spread = {order: np.mean([np.ptp([len(p) + len(r[0]) for p, r in step]) for step in
+                              bench.draw_steps(pairs, 8, order, 5)]) for order in ('sorted', 'own')}
     assert spread['sorted'] < 0.2 * spread['own']
-    assert all(len(p) <= 128 and len(p) + max(map(len, r)) <= 256 for p, r in pairs)

@@ -189,7 +189,8 @@ def test_place_is_exact_where_every_response_can_be_counted():
             m.wte.weight.mul_(20)
 
     def reward(prompts, responses):
-        return np.array([ord(r[:1] or 'a') % 5 / 2 + (p == 'c') for p, r in zip(prompts, responses)])
+        return np.array([ord(r[:1] or 'a') % 5 / 2 + (prompt == 'c')
+                         for prompt, r in zip(prompts, responses)])
     world = films.World('byte', lambda n, seed: ['ab', 'c'][:n], reward, max_new_tokens=1)
     rewards = optimum.reference_rewards(reference, world, prompts=2, samples=4000)
     f = optimum.place(policy, reference, rewards, world, samples=4000)
@@ -400,7 +401,8 @@ def test_imdb_from_reviews_to_a_picture(tmp_path, capsys, monkeypatch, write):
     imdb.main([*argv, '--only=sft'])                             # base model and pairs are there
     said = capsys.readouterr().out
     assert 'sampling' not in said and 'preparing' not in said
-    assert [line['name'] for line in plot.read_jsonl(out / 'results.jsonl')] == ['dpo beta=1', 'sft']
+    names = [line['name'] for line in plot.read_jsonl(out / 'results.jsonl')]
+    assert names == ['dpo beta=1', 'sft']
 
 
 # --------------------------------------------------------------------------------------------------
@@ -410,9 +412,9 @@ def test_imdb_from_reviews_to_a_picture(tmp_path, capsys, monkeypatch, write):
 @pytest.fixture
 def figures(monkeypatch):
     """The pictures that are drawn, by the name of their file."""
-    figures = {}
-    monkeypatch.setattr(plot, 'save', lambda fig, path: figures.update({os.path.basename(path): fig}))
-    return figures
+    drawn = {}
+    monkeypatch.setattr(plot, 'save', lambda fig, path: drawn.update({os.path.basename(path): fig}))
+    return drawn
 
 
 def points(line):

@@ -339,22 +339,6 @@ def test_interrupted_while_preparing(place, forks, long, number):
     assert len(prepare.Pairs(f'{data}/{folder}').table) == 10000
 
 
-def test_a_worker_that_is_killed_is_not_a_hang(place, forks, long):
-    """As the system does where memory runs out."""
-    child = forks.start(place, 'prepare.py', long, '--tokenizer=byte', '--data_dir=worker_data')
-    children = Path(f'/proc/{child.pid}/task/{child.pid}/children')
-    if not children.exists():
-        pytest.skip('workers are found through /proc')
-    assert until(lambda: workers_deliver('worker_data'))
-    os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
-    ended = until(child.ended, 20)
-    if not ended:
-        os.killpg(child.pid, signal.SIGKILL)
-    code = child.wait()
-    assert ended, 'it hangs'
-    assert 'killed' in error_of((code, child.printed())) and os.listdir('worker_data') == []
-
-
 # --------------------------------------------------------------------------------------------------
 # A disk that is full: here, files that cannot grow beyond a size. Folders that may not be written
 
@@ -539,20 +523,6 @@ def refused(action, *says):
     return message
 
 
-def test_a_damaged_checkpoint(half, tmp_path):
-    """It is refused, or what was damaged has no meaning."""
-    content, undamaged, rng = Path('half/ckpt.pt').read_bytes(), load_checkpoint('half/ckpt.pt'), random.Random(0)
-    path, count = str(tmp_path / 'ckpt.pt'), 0
-    for _ in range(1000 if LONG else 100):
-        Path(path).write_bytes(damaged(content, rng))
-        try:
-            assert same(load_checkpoint(path), undamaged)
-        except InputError as e:
-            assert path in str(e) and '\n' not in str(e)
-            count += 1
-    assert count > 50
-
-
 @pytest.mark.parametrize('spoil', [
     lambda path: path.write_bytes(path.read_bytes()[:5000]), lambda path: path.write_bytes(b''),
     lambda path: path.write_text('{}'), lambda path: torch.save([1], path)],
@@ -576,36 +546,3 @@ def test_a_checkpoint_runs_no_code(tmp_path):
     torch.save(dict(model=Planted(), model_config={}, config={}), path)
     refused(lambda: load_checkpoint(path), path)
     assert not (tmp_path / 'was_run').exists()
-
-
-CONFIG_VALUES = [None, True, 0, 1, 3, -1, 17, 2**40, 0.5, '', '1', 'gelu', [], [1], {}, {'a': 1}]
-
-
-def test_a_damaged_config_json(place, tmp_path):
-    """It is refused, or the model loads: never another kind of error."""
-    shutil.copytree('base', tmp_path / 'base')
-    path, rng = tmp_path / 'base' / 'config.json', random.Random(0)
-    content, count = json.loads(path.read_text()), 0
-    cases = [content | {key: value} for key in [*content, 'scale_attn_weights'] for value in CONFIG_VALUES]
-    texts = [json.dumps(case).encode() for case in cases]
-    texts += [damaged(path.read_bytes(), rng) for _ in range(100)] + [b'', b'[]', b'null', b'\xff']
-    for text in texts:
-        path.write_bytes(text)
-        try:
-            weights.load(str(tmp_path / 'base'))
-        except InputError as e:
-            assert 'base' in str(e) and '\n' not in str(e)
-            count += 1
-    assert len(texts) // 3 < count < len(texts)
-
-
-@pytest.mark.parametrize('name', ['tokens.bin', 'pairs.npy', 'meta.json'])
-@pytest.mark.parametrize('spoil', [lambda content: content[:-2], lambda content: content[:10],
-                                   lambda content: b''], ids=['short by two bytes', 'cut', 'empty'])
-def test_damaged_prepared_data(place, tmp_path, name, spoil):
-    """As a machine that loses power may leave it."""
-    folder = prepare.prepare(config(data_dir=tmp_path))
-    path = Path(folder, name)
-    path.write_bytes(spoil(path.read_bytes()))
-    refused(lambda: train.train(config(data_dir=tmp_path, out_dir=tmp_path / 'run')), folder)
-    assert not (tmp_path / 'run').exists()

@@ -291,20 +291,35 @@ def test_a_long_chat_loses_early_turns_never_the_system_turn_or_the_opening(fami
         assert len(notes) == (kept > 1)
 
 
-def test_a_long_last_turn_loses_its_start(family, settings):
-    tokenizer, _ = family('chatml')
-    chat = turns('1 2 3 é😀 ' * 9 + 'the end', system='You are a cat.')
-    opened = '<|im_start|>system\nYou are a cat.<|im_end|>\n<|im_start|>user\n'
-    for longest in range(len(tokenizer.encode_turns(turns('a', system='You are a cat.'))), 60):
+@pytest.mark.parametrize('name, opened, closed', [
+    ('chatml', '<|im_start|>system\nA cat.<|im_end|>\n<|im_start|>user\n',
+     '<|im_end|>\n<|im_start|>assistant\n'),
+    ('llama2', '<s>[INST] <<SYS>>\nA cat.\n<</SYS>>\n\n', ' [/INST]')])
+def test_a_long_last_turn_loses_its_start(name, opened, closed, family, settings, monkeypatch):
+    """Token by token, whatever a tokenizer makes of a text that begins elsewhere."""
+    tokenizer, _ = family(name)
+    chat, render, calls = turns('12 é😀 the ' * 9 + 'the end', system='A cat.'), tokenizer.render, []
+
+    def count(*args, **options):
+        calls.append(1)
+        assert len(calls) < 20, 'it goes round in circles'
+        return render(*args, **options)
+    monkeypatch.setattr(tokenizer, 'render', count)
+    shortest = len(tokenizer.encode_turns(turns('', system='A cat.'))) + 3
+    for longest in range(shortest, len(tokenizer.encode_turns(chat))):
+        calls.clear()
         cfg = settings('', max_prompt_length=longest)
         ids, responses, notes = tokenize(chat, [answer('yes')], tokenizer, cfg)
-        start, end = tokenizer.decode(ids).split('user\n')
-        content = end.removesuffix('<|im_end|>\n<|im_start|>assistant\n')
-        assert start + 'user\n' == opened and len(content) < len(end)
-        assert longest - 4 <= len(ids) <= longest and chat[1]['content'].endswith(content)
-        assert len(notes) == 1 and responses is not None
-    cfg = settings('', max_prompt_length=8)
-    _, responses, notes = tokenize(chat, [answer('yes')], tokenizer, cfg)
+        assert longest - 6 <= len(ids) <= longest and len(notes) == 1 and responses is not None
+        written = tokenizer.decode(ids)
+        content = written.removeprefix(opened).removesuffix(closed)
+        assert written == opened + content + closed and chat[1]['content'].endswith(content)
+
+
+@pytest.mark.parametrize('chat', [turns('a', system='the cat ' * 9), turns(system='the cat ' * 9)])
+def test_a_system_turn_that_fills_the_prompt_drops_the_pair(chat, family, settings):
+    _, responses, notes = tokenize(
+        chat, [answer('yes')], family('chatml')[0], settings('', max_prompt_length=20))
     assert responses is None and notes[0].startswith('dropped: ')
 
 

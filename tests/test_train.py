@@ -562,10 +562,10 @@ def test_a_model_of_ones_own(config, text):
     for path, content in (('own_model.py', OWN_MODEL), ('own.py', text)):
         with open(path, 'w') as f:
             f.write(content)
-    train.train(config('own.py', max_iters=4, eval_interval=2))
+    train.train(config('own.py', max_iters=4, schedule='constant'))
     assert weights_of()['scale'] != 1 and training_lines()[0]['loss'] == LN2
-    train.train(config('own.py', resume=True))
-    train.train(config('own.py', out_dir='one'))
+    train.train(config('own.py', resume=True, schedule='constant'))
+    train.train(config('own.py', out_dir='one', schedule='constant'))
     assert training_lines() == training_lines('one')
     sys.modules.pop('own_model', None)
 
