@@ -5,8 +5,8 @@ Preference pairs, from anywhere, to token files that train.py maps into memory.
     python prepare.py Anthropic/hh-rlhf:harmless-base      # the hub; a subset after the colon
     python prepare.py pairs.csv --tokenizer=my-model       # a model's tokenizer and template
 
-train.py calls this by itself. Sources: .jsonl, .jsonl.gz, .json (one list), .csv, .tsv, .parquet, and
-any data set of the hub. The shapes of records, told apart by their keys:
+train.py calls this by itself. Sources: .jsonl, .jsonl.gz, .json (one list), .csv, .tsv, .parquet,
+and any data set of the hub. The shapes of records, told apart by their keys:
 
     {"prompt": "...", "chosen": "...", "rejected": "..."}       strings, taken byte for byte
     {"chosen": "\\n\\nHuman: ...", "rejected": ...}             transcripts: they share the prompt
@@ -165,7 +165,7 @@ def split_chats(prompt, chats):
 
 
 def responses_of(r):
-    """A record's responses by their keys, best first; and p where its preference says it, else None."""
+    """A record's responses by their keys, best first; and p where its preference says it."""
     if 'responses' in r:
         responses, scores = r['responses'], r.get('scores')
         if not isinstance(responses, list) or not responses:
@@ -258,7 +258,8 @@ def read_table(path):
     with open(path, encoding='utf-8-sig', newline='') as f:    # spreadsheets begin with a mark
         rows = csv.DictReader(f, dialect='excel-tab' if path.endswith('.tsv') else 'excel')
         for row in rows:
-            yield f'{name} line {rows.line_num}', {key: value for key, value in row.items() if value}
+            record = {key: value for key, value in row.items() if value}
+            yield f'{name} line {rows.line_num}', record
 
 
 def read_datasets(source, split):
@@ -282,7 +283,7 @@ READERS = {'.jsonl': read_lines, '.jsonl.gz': read_lines, '.json': read_list,
 
 
 def read_source(source, split=''):
-    """A path or a name of the hub -> a stream of (where, raw): bytes of JSON, or a parsed object."""
+    """A path or a name of the hub -> a stream of (where, bytes of JSON or a parsed object)."""
     known = (*READERS, '.parquet')
     if source.endswith(known) and not os.path.isfile(source):
         raise InputError(f'{source}: no such file')
@@ -394,7 +395,7 @@ def tokenize_chat(prompt, responses, tokenizer, longest):
         rest = chat.removeprefix(text)
         if rest == chat or answer[-1]['content'].strip() not in rest.replace(MARK, ''):
             raise InputError(f"the chat template of {tokenizer.name} drops the assistant's turn")
-        joined = tokenizer.encode_rendered(chat)           # some tokenizers open a text with a space
+        joined = tokenizer.encode_rendered(chat)    # in context: some open a text with a space
         answers.append(joined[len(ids):] if np.array_equal(joined[:len(ids)], ids)
                        else tokenizer.encode_rendered(rest))
     return ids, answers, notes
@@ -419,8 +420,8 @@ def encode_record(raw, tokenizer, cfg):
 
 
 def encode_chunk(chunk, cfg, K=None):
-    """[(id, where, raw), ...] -> (tokens, rows of the table, counts), run by a worker. Every pair has
-    K responses; None: as many as the first."""
+    """[(id, where, raw), ...] -> (tokens, rows of the table, counts), run by a worker. Every pair
+    has K responses; None: as many as the first."""
     tokenizer = get_tokenizer(cfg.tokenizer)
     tokens, rows, counts = [], [], Counter(read=len(chunk))
     for number, where, raw in chunk:
@@ -462,7 +463,7 @@ def chunks_of(stream):
 def in_parallel(chunks, cfg):
     """encode_chunk of every chunk, in order, in as many processes as there are cores."""
     K = None
-    for chunk in chunks:                 # in this process until a pair says how many responses it has
+    for chunk in chunks:                 # in this process until a pair says how many responses
         result = encode_chunk(chunk, cfg)
         yield result
         if len(result[1]):
@@ -500,12 +501,12 @@ def check_data(cfg):
     if not 0 <= cfg.val_fraction <= 1:
         raise InputError(f'val_fraction: {cfg.val_fraction} is not between 0 and 1')
     if not 1 <= cfg.max_prompt_length < cfg.max_length:
-        raise InputError(f'max_prompt_length: {cfg.max_prompt_length} leaves no room for a response '
-                         f'in max_length {cfg.max_length}')
+        raise InputError(f'max_prompt_length: {cfg.max_prompt_length} leaves no room for a '
+                         f'response in max_length {cfg.max_length}')
 
 
 def prepare(cfg):
-    """Tokenize cfg.dataset unless cached -> the folder. Raises InputError; a failure leaves nothing."""
+    """Tokenize cfg.dataset unless cached -> the folder. Raises InputError and leaves nothing."""
     check_data(cfg)
     settings = {f.name: getattr(cfg, f.name) for f in fields(Data)
                 if f.name not in ('convert', 'data_dir')}
@@ -513,9 +514,10 @@ def prepare(cfg):
     tokenizer = get_tokenizer(settings['tokenizer'])
     made_of = [settings, source_text(prepare), source_text(Tokenizer),
                cfg.convert and source_text(cfg.convert)]
-    made_of += [[os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in
-                [cfg.dataset, *sorted(glob.glob(os.path.join(settings['tokenizer'], '*token*'))),
-                 os.path.join(settings['tokenizer'], 'chat_template.jinja')] if os.path.isfile(path)]
+    tokenizer_files = [os.path.join(settings['tokenizer'], name) for name in ('*token*', '*.jinja')]
+    for pattern in (glob.escape(cfg.dataset), *tokenizer_files):
+        made_of += [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns]
+                    for path in sorted(glob.glob(pattern)) if os.path.isfile(path)]
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:8]
     stem = os.path.basename(cfg.dataset).split('.')[0].replace(':', '-')
     folder = os.path.join(cfg.data_dir, f'{stem}-{key}')
@@ -608,7 +610,7 @@ class Pairs:
 
 
 def show(cfg, n):
-    """Print the first n records as training sees them: where a response begins, and what was cut."""
+    """Print the first n records as training sees them: where a response begins, what was cut."""
     check_data(cfg)
     tokenizer = get_tokenizer(cfg.tokenizer or 'gpt2')
     for _, where, raw in itertools.islice(records_of(cfg), n):

@@ -235,7 +235,8 @@ def main(argv):
         raise InputError('usage: python sample.py MODEL [--name=value ...]')
     o, names = configure(Options, argv[1:]), [argv[0]]
     names += [o.compare] if o.compare else []
-    for name, low in dict(n=1, max_new_tokens=1, batch_size=1, temperature=0, top_k=0, limit=0).items():
+    limits = dict(n=1, max_new_tokens=1, batch_size=1, temperature=0, top_k=0, limit=0)
+    for name, low in limits.items():
         if getattr(o, name) < low:
             raise InputError(f'{name}: {getattr(o, name)} is less than {low}')
     if not 0 < o.top_p <= 1:

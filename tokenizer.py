@@ -110,7 +110,8 @@ class Tokenizer:
         """Messages -> ids, up to where the assistant's answer begins."""
         if self.template is not None:
             return self.encode_rendered(self.render(messages, opening=True))
-        return np.append(self.begin, self.encode(plain_chat(messages) + ASSISTANT)).astype(np.uint32)
+        ids = self.encode(plain_chat(messages) + ASSISTANT)
+        return np.append(self.begin, ids).astype(np.uint32)
 
     def encode_rendered(self, text):
         """Text of the template -> (n,) ids: its special tokens are tokens, those of messages are

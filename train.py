@@ -217,8 +217,7 @@ def step_rows(step, rows, cfg, steps=1):
 
 
 def micro_batches(sizes, limit):
-    """Sizes in tokens -> lists of indices, at most `limit` tokens each: first fit, longest
-    first."""
+    """Sizes in tokens -> lists of indices within `limit` tokens: first fit, longest first."""
     bins = []                                              # [tokens, indices]
     for i in np.argsort(-np.asarray(sizes), kind='stable').tolist():
         b = next((b for b in bins if b[0] + sizes[i] <= limit), None)
@@ -230,8 +229,7 @@ def micro_batches(sizes, limit):
 
 
 def batches(pairs, rows, K, cfg):
-    """The pairs at `rows`, with their first K responses, as packed batches: yields (rows,
-    Batch)."""
+    """The pairs at `rows` with their first K responses, packed: yields (rows, Batch)."""
     drawn = [(prompt, responses[:K]) for prompt, responses in (pairs[i] for i in rows)]
     sizes = [len(prompt) + sum(map(len, responses)) for prompt, responses in drawn]
     static = cfg.compile and cfg.device == 'cuda'          # one of four sizes, each compiled once
@@ -518,6 +516,8 @@ def check_resume(checkpoint, path, cfg, state):
 
 def open_log(cfg, log_bytes):
     """log.jsonl, cut to where the checkpoint stands: later lines are written again."""
+    if RANK > 0:
+        return open(os.devnull, 'wb')
     os.makedirs(cfg.out_dir, exist_ok=True)
     if not cfg.resume:                                     # remove the run that is overwritten
         for name in ('ckpt.pt', 'best.pt', 'log.jsonl', 'eval.jsonl', 'samples.jsonl'):
@@ -567,6 +567,13 @@ def load_run(cfg):
         order = np.random.default_rng(cfg.seed).permutation(pairs.val)
         pairs.val = np.sort(order[:cfg.eval_pairs])
     return model.to(cfg.device), tokenizer, pairs
+
+
+def announce(cfg, model, pairs):
+    size = sum(p.numel() for p in model.parameters())
+    say(f'{size:,} parameters; {len(pairs.train):,} pairs to train on, {len(pairs.val):,} to '
+        f'validate; {cfg.max_iters} steps of {cfg.batch_size} pairs on '
+        f'{cfg.device} in {cfg.dtype}; loss {plain_settings(cfg)["loss"]} {cfg.options or ""}')
 
 
 def make_optimizer(model, cfg):
@@ -630,7 +637,7 @@ def train(cfg):
         optimizer.load_state_dict(checkpoint['optimizer'])
         state = {name: checkpoint[name] for name in state}
         del checkpoint
-    log = open_log(cfg, state['log_bytes']) if RANK == 0 else open(os.devnull, 'wb')
+    log = open_log(cfg, state['log_bytes'])
 
     def write_log(**line):
         log.write((json.dumps(line) + '\n').encode())
@@ -638,10 +645,7 @@ def train(cfg):
     if not cfg.resume and RANK == 0:
         copy_tokenizer(cfg.tokenizer, cfg.out_dir)
         write_log(**header(cfg, fingerprint, pairs))
-    size = sum(p.numel() for p in model.parameters())
-    say(f'{size:,} parameters; {len(pairs.train):,} pairs to train on, {len(pairs.val):,} to '
-        f'validate; {cfg.max_iters} steps of {cfg.batch_size} pairs on '
-        f'{cfg.device} in {cfg.dtype}; loss {plain_settings(cfg)["loss"]} {cfg.options or ""}')
+    announce(cfg, model, pairs)
     K = pairs.K if compares(cfg) else 1
     stop = []                                              # signals: finish the step, save, leave
     handlers = {s: signal.signal(s, lambda number, frame: stop.append(number))
