@@ -5,8 +5,8 @@
 #   python -m lab.judge score out/reward_demo pairs.jsonl
 #   python -m lab.rounds config/rounds_demo.py --judge=out/reward_demo
 #
-# Data: the same 6,000 pairs, made where they are missing. Expect an accuracy near 0.7 after a minute
-# or two on two cores; the gold reward itself agrees with 75% of these labels.
+# Data: the same 6,000 pairs, made where they are missing. Expect an accuracy of about 0.7 after one
+# to two minutes on two cores; the gold reward itself agrees with 75% of these labels.
 from lab import films
 from lab.reward import RewardModel as model_class, reward_loss as loss
 

@@ -239,6 +239,7 @@ def ours(pause, cfg, steps):
     model = load(cfg.init_from).to(cfg.device)
     reference, *_ = train.make_reference(model, pairs, np.arange(len(pairs)), cfg)
     optimizer = train.make_optimizer(model, cfg)
+
     def load_step(k):
         return list(train.batches(pairs, np.arange(len(pairs))[k * B:(k + 1) * B], 2, cfg))
     waiting = load_step(0)
@@ -460,8 +461,7 @@ def main(argv):
     o.warmup = o.warmup or (1 if o.device == 'cpu' else 4)
     sys.stdout.reconfigure(line_buffering=True)
     os.environ |= dict(OMP_WAIT_POLICY='PASSIVE', HF_HUB_OFFLINE='1')    # who waits must not spin
-    head = f'{machine(o.device)}; {o.model}, max_length {o.max_length}'
-    print(head)
+    print(head := f'{machine(o.device)}; {o.model}, max_length {o.max_length}')
     with tempfile.TemporaryDirectory() as o.data_dir:
         o.init_from = os.path.join(o.data_dir, 'weights')
         torch.manual_seed(0)

@@ -47,7 +47,7 @@ def token_credit(policy, reference, prompt, response, beta):
 
 
 def spans_of(tokens, credit, tokenizer):
-    """-> [(text, credit), ...]: a span for each token; for several where they spell one character."""
+    """-> [(text, credit), ...]: a span for a token, or for several that spell one character."""
     spans, length, total = [], 0, 0.0
     for i, c in enumerate(credit, 1):
         text, total = tokenizer.decode(tokens[:i]), total + c
@@ -67,7 +67,8 @@ def colour(c, most):
 def terminal(spans, colours):
     if not sys.stdout.isatty() and 'FORCE_COLOR' not in os.environ:
         return ' '.join(f'{text!r}{c:+.3f}' for text, c in spans)
-    marked = ('\x1b[30;48;2;{};{};{}m{}'.format(*rgb, text) for (text, _), rgb in zip(spans, colours))
+    marked = ['\x1b[30;48;2;{};{};{}m{}'.format(*rgb, text)
+              for (text, _), rgb in zip(spans, colours)]
     return ''.join(marked) + '\x1b[0m'
 
 

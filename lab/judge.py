@@ -6,8 +6,8 @@ Score responses, and use the scores: labels, best of n, rejection sampling, rank
     python -m lab.judge score out/reward_demo pairs.jsonl      # scores; the accuracy on pairs
     python -m lab.judge label out/rm1,out/rm2 pairs.jsonl      # p = sigma(r_1 - r_2), for DPO
     python -m lab.judge best out/reward_demo samples.jsonl     # best of n, for SFT
-    python -m lab.judge reject out/reward_demo samples.jsonl --beta=0.5      # samples of the optimum
-    python -m lab.judge rank out/reward_demo samples.jsonl --labels=sample   # pairs or rankings
+    python -m lab.judge reject out/reward_demo samples.jsonl --beta=0.5     # samples of the optimum
+    python -m lab.judge rank out/reward_demo samples.jsonl --labels=sample  # pairs or rankings
 
 A judge is one of these, or several with commas between them, whose scores are averaged:
 
@@ -128,7 +128,7 @@ def run_judge(name, device):
     def judge(prompts, responses):
         pairs = [(ids, [tokens]) for prompt, texts in zip(prompts, responses)
                  for ids, tokens in encode(prompt, texts, tokenizer, cfg)]
-        logps, *reference_logps = (sum_logps(model, pairs, cfg) for model in models)    # (N, 1) each
+        logps, *reference_logps = (sum_logps(model, pairs, cfg) for model in models)   # (N, 1) each
         lengths = torch.tensor([[len(tokens)] for _, (tokens,) in pairs])
         numbers = {number: torch.full((len(pairs),), x) for number, x in NUMBERS.items()}
         rewards = train.apply_loss(cfg, logps, *reference_logps or [None], lengths, numbers)[1]

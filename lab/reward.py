@@ -1,8 +1,8 @@
 """
 A Bradley-Terry reward model: the GPT with a scalar head, trained by train.py like any policy.
 
-    python train.py config/reward_demo.py       # `model_class` and `loss` of the config are these two
-    python -m lab.judge score out/reward_demo pairs.jsonl        # what to do with it: lab/judge.py
+    python train.py config/reward_demo.py     # its `model_class` and `loss` are those of this file
+    python -m lab.judge score out/reward_demo pairs.jsonl      # what to do with it: lab/judge.py
 
 token_logps is 0 at each token of a response but the last, where the reward stands. Their sum over a
 response, which the training loop passes to the objective as its log-prob, is then the reward.
@@ -17,7 +17,7 @@ from model import GPT, pieces_mask
 
 
 class RewardModel(GPT):
-    """r(x, y) = w h, with h the output at the last token of y, which has attended to all of x, y."""
+    """r(x, y) = w h, with h the output at the last token of y, which has attended to all before."""
 
     def __init__(self, config):
         super().__init__(config)

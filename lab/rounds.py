@@ -2,8 +2,8 @@
 On-policy rounds: sample from the policy, let a judge label, train on that; and again.
 
     python -m lab.rounds config/rounds_demo.py
-    python -m lab.rounds config/rounds_demo.py --judge=out/reward_demo    # any judge of lab/judge.py
-    python -m lab.rounds config/rounds_demo.py --resume                   # go on where it stopped
+    python -m lab.rounds config/rounds_demo.py --judge=out/reward_demo   # any judge of lab/judge.py
+    python -m lab.rounds config/rounds_demo.py --resume                  # continue where it stopped
     python -m lab.rounds config/dpo_gpt2.py --judge=mine.py:kindness --dataset=pairs.jsonl
 
 As many pairs in one, two and three rounds:
@@ -13,9 +13,9 @@ As many pairs in one, two and three rounds:
             --out_dir=out/rounds_$k
     done
 
-A config is one of train.py's, with the settings of RoundsConfig beside them; of its dataset only the
-prompts matter. The reference stays the base model. So with labels 'sample' or 'soft' the optimum
-stays pi_ref exp(r/beta)/Z in all rounds; under 'best' only beta limits how far the policy moves.
+A config has the settings of RoundsConfig beside train.py's; of its dataset only the prompts matter.
+The reference stays the base model. So with labels 'sample' or 'soft' the optimum stays
+pi_ref exp(r/beta)/Z in all rounds; with 'best' only beta limits how far the policy moves.
 Round k is the run out_dir/round-k, trained on out_dir/round-k.jsonl.
 Left out: several processes, completions of several policies in one pair, PPO.
 """
@@ -75,13 +75,14 @@ def draw_round(policy, entries, judge, cfg, seed):
         ids = [encode(prompt, responses[:1], tokenizer, cfg)[0][0].tolist()
                for prompt, responses in drawn]
         prompts, texts = [], []
-        for (prompt, _), start, found in zip(drawn, ids, sample.complete(policy, ids, o, tokenizer)):
-            found = [sample.text_and_end(tokens, tokenizer) for tokens in found
+        completions = sample.complete(policy, ids, o, tokenizer)
+        for (prompt, _), start, responses in zip(drawn, ids, completions):
+            pairs = [sample.text_and_end(tokens, tokenizer) for tokens in responses
                      if len(start) + len(tokens) <= cfg.max_length]
-            found = dict.fromkeys(text for text, ended in found if ended and text.strip())
-            if len(found) == cfg.completions:
+            distinct = list(dict.fromkeys(text for text, ended in pairs if ended and text.strip()))
+            if len(distinct) == cfg.completions:
                 prompts.append(prompt)
-                texts.append(list(found))
+                texts.append(distinct)
         for prompt, each, scores in zip(prompts, texts, judge(prompts, texts)):
             records.append(as_record(prompt, *rank(each, scores, rng, cfg.labels)))
         if len(records) == cfg.round_pairs:
@@ -92,10 +93,11 @@ def draw_round(policy, entries, judge, cfg, seed):
 
 def train_rounds(cfg):
     """Sample, label and train cfg.rounds times -> the metrics of the last round."""
-    ready = glob.glob(os.path.join(glob.escape(cfg.out_dir), 'round-*.jsonl'))
+    ready = [path for pattern in ('round-*.jsonl', 'round-*/ckpt.pt')
+             for path in glob.glob(os.path.join(glob.escape(cfg.out_dir), pattern))]
     if ready and not (cfg.resume or cfg.overwrite):
-        raise InputError(f'out_dir: {cfg.out_dir} holds rounds; --resume continues them, --overwrite '
-                         'replaces them')
+        raise InputError(f'out_dir: {cfg.out_dir} holds rounds; --resume continues them, '
+                         '--overwrite replaces them')
     for path in ready if not cfg.resume else []:
         os.remove(path)
     os.makedirs(cfg.out_dir, exist_ok=True)

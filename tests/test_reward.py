@@ -1,353 +1,413 @@
 """
-reward.py: the reward model against a plain twin, judges, what is done with rewards, and training on-policy.
+The lab's reward half: the reward model beside one response a row, judges, what scores are used for,
+on-policy rounds, credit of tokens.
 
-    pytest tests/test_reward.py
+    python -m pytest tests/test_reward.py
+
+The models are random and tiny, tokens are bytes. Left out: what rounds gain, which lab/LOG.md has.
 """
 import json
 import math
 import random
-import shutil
+import re
 
 import numpy as np
 import pytest
 import torch
 
-import reward
 import train
-from model import GPT, GPTConfig, load_checkpoint, pack
-from prepare import InputError, Pairs, prepare
-from reward import RewardModel, accept, load_judge, ranked, reward_loss
+from configurator import InputError
+from conftest import randomise
+from lab import credit, judge, rounds
+from lab.judge import accept, load_judge, rank
+from lab.reward import RewardModel, reward_loss
+from model import GPT, GPTConfig, bias_of, pack
+from prepare import Pairs, prepare
+from tokenizer import get_tokenizer
+from weights import load, load_checkpoint, save
 
 WORDS = 'good fine nice bad poor grim tree road'.split()
+EARLY = 'def early(prompt, responses):\n    return [-len(r) / 2 for r in responses]\n'
 
 
 def kindness(text):
-    return float(sum(text.count(w) for w in WORDS[:3]) - sum(text.count(w) for w in WORDS[3:6]))
+    return sum(text.count(w) for w in WORDS[:3]) - sum(text.count(w) for w in WORDS[3:6])
+
+
+def read(path):
+    with open(path, encoding='utf-8') as f:
+        return [json.loads(line) for line in f]
+
+
+def random_model(seed):
+    sizes = dict(block_size=64, vocab_size=257, n_layer=2, n_head=2, n_embd=32)
+    return randomise(GPT(GPTConfig(**sizes)), std=0.1, seed=seed)
 
 
 @pytest.fixture(scope='module')
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('reward')
-    torch.manual_seed(0)
-    GPT(GPTConfig(64, 257, 2, 2, 32, 256)).save_pretrained(folder / 'base')
-    rng = random.Random(0)
+def files(tmp_path_factory):
+    """A folder with pairs, labelled by `kindness`, and three models; 'brief' ends its responses
+    early: its every token is 'a', 'b' or the end, with the same probability."""
+    folder, rng = tmp_path_factory.mktemp('reward'), random.Random(0)
+    for seed, name in enumerate(('base', 'other')):
+        save(random_model(seed), folder / name)
+    brief = GPT(GPTConfig(block_size=64, vocab_size=257, n_layer=1, n_head=1, n_embd=16))
+    with torch.no_grad():
+        brief.ln_f.weight.zero_()
+        brief.ln_f.bias.copy_(torch.eye(16)[0])
+        brief.wte.weight[:, 0] = -30
+        brief.wte.weight[[*b'ab', 256], 0] = 0
+    save(brief, folder / 'brief')
     with open(folder / 'pairs.jsonl', 'w') as f:
         for i in range(80):
-            a, b = (' ' + ' '.join(rng.choices(WORDS, k=rng.randint(2, 4))) for _ in 'ab')
-            a, b = (a, b) if kindness(a) >= kindness(b) else (b, a)
-            f.write(json.dumps(dict(prompt=f'{i}:', chosen=a + '.', rejected=b + '!')) + '\n')
+            texts = [' ' + ' '.join(rng.choices(WORDS, k=rng.randint(2, 4))) for _ in 'ab']
+            chosen, rejected = sorted(texts, key=kindness, reverse=True)
+            f.write(json.dumps(dict(prompt=f'{i}:', chosen=chosen + '.', rejected=rejected + '!')) + '\n')
     return folder
 
 
 @pytest.fixture
-def config(base, tmp_path):
-    def config(**overrides):
-        settings = dict(out_dir=tmp_path / 'run', init_from=base / 'base', dataset=base / 'pairs.jsonl',
-                        tokenizer='byte', max_length=64, max_prompt_length=32, val_fraction=0.2,
-                        data_dir=base / 'data', batch_size=16, learning_rate=3e-3, max_iters=6, eval_interval=3,
-                        log_interval=1, device='cpu')
-        return train.load_config([f'--{k}={v}' for k, v in (settings | overrides).items() if v is not None])
+def config(files, tmp_path):
+    """config(load, name=value, ...) -> the Config that `load` makes of a config file; None: left out."""
+    def config(load_config=train.load_config, imports='', **changed):
+        settings = dict(
+            out_dir=tmp_path / 'run', init_from=files / 'base', dataset=files / 'pairs.jsonl',
+            data_dir=tmp_path / 'data', tokenizer='byte', max_length=64, max_prompt_length=32,
+            val_fraction=0.2, batch_size=16, learning_rate=3e-3, max_iters=6, eval_interval=3,
+            log_interval=1, device='cpu') | changed
+        lines = [f'{name} = {value if isinstance(value, (int, float)) else str(value)!r}\n'
+                 for name, value in settings.items() if value is not None]
+        (tmp_path / 'config.py').write_text(imports + ''.join(lines))
+        return load_config([str(tmp_path / 'config.py')])
     return config
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The loss and the model
+@pytest.fixture
+def reward_config(config):
+    imports = 'from lab.reward import RewardModel as model_class, reward_loss as loss\n'
+    return lambda **changed: config(imports=imports, **changed)
 
 
-def test_loss_is_bradley_terry_by_hand():
+# --------------------------------------------------------------------------------------------------
+# The reward model and its loss
+
+
+def test_loss_is_bradley_terrys_with_margins():
     chosen, rejected = torch.tensor([1.5, -0.25], dtype=float), torch.tensor([0.5, 0.75], dtype=float)
     p, margin = torch.tensor([0.9, 1.0], dtype=float), torch.tensor([0.0, 0.4], dtype=float)
-    losses, c, r = reward_loss(chosen, rejected, gamma=0.1, p=p, margin=margin)
-    z = [1.0 - 0.1, -1.0 - 0.1 - 0.4]
-    for got, x, q in zip(losses.tolist(), z, p.tolist()):
-        assert got == pytest.approx(q * math.log1p(math.exp(-x)) + (1 - q) * math.log1p(math.exp(x)), rel=1e-12)
+    losses, c, r = reward_loss(chosen, rejected, 0.1, 0.2, p, margin)
+    for loss, z, q in zip(losses.tolist(), (1.0 - 0.1, -1.0 - 0.1 - 0.4), (0.9, 1.0)):
+        q = 0.8 * q + 0.2 * (1 - q)
+        plain = q * math.log1p(math.exp(-z)) + (1 - q) * math.log1p(math.exp(z))
+        assert loss == pytest.approx(plain, rel=1e-12)
     assert torch.equal(c, chosen) and torch.equal(r, rejected)
     assert reward_loss(chosen, rejected)[0][0] == pytest.approx(math.log1p(math.exp(-1)))
 
 
-def test_scores_equal_one_response_a_row():
-    torch.manual_seed(0)
-    model = RewardModel(GPTConfig(64, 300, 2, 2, 32, 256)).double()
-    torch.nn.init.normal_(model.head.weight)
-    model.mean += 0.25
-    rng = np.random.default_rng(0)
-    pairs = [(rng.integers(0, 300, n), [rng.integers(0, 300, m) for m in sizes])
-             for n, sizes in ((1, (1, 5, 2)), (9, (3, 1, 1)), (4, (8, 8, 2)))]
-    scores = model.score_responses(pack(pairs))
-    for i, (prompt, responses) in enumerate(pairs):
-        for k, response in enumerate(responses):
+@pytest.mark.parametrize('pad_to', [0, 80])
+def test_rewards_and_gradients_equal_one_response_a_row(pad_to):
+    sizes = dict(block_size=64, vocab_size=300, n_layer=2, n_head=2, n_embd=32)
+    model, rng = randomise(RewardModel(GPTConfig(**sizes))), np.random.default_rng(0)
+    pairs = [(rng.integers(300, size=n), [rng.integers(300, size=m) for m in lengths])
+             for n, lengths in ((1, (1, 5, 2)), (9, (3, 1, 1)), (4, (8, 8, 2)))]
+    batch = pack(pairs, pad_to)
+    numbers = model.token_logps(batch)
+    assert torch.count_nonzero(numbers) == 9               # one for each response
+    rewards, plain = batch.sum_by_response(numbers), []
+    for prompt, responses in pairs:
+        for response in responses:
             row = torch.from_numpy(np.concatenate([prompt, response]))[None]
-            hidden = model.hidden(row, torch.arange(row.size(1)), None)
-            plain = hidden[0, -1] @ model.head.weight[0] - 0.25
-            assert scores[i, k].item() == pytest.approx(plain.item(), rel=1e-5, abs=1e-6)
+            index = torch.arange(row.size(1))
+            hidden = model.hidden(row, index, bias_of(index <= index[:, None]))
+            plain.append(hidden[0, -1] @ model.head.weight[0])
+    plain = torch.stack(plain).view(3, 3)
+    torch.testing.assert_close(rewards, plain, rtol=1e-4, atol=1e-5)
+    weights = torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
+    parameters = [model.head.weight, model.wte.weight, model.blocks[0].qkv.weight]
+    for ours, theirs in zip(*(torch.autograd.grad((weights * x).sum(), parameters)
+                              for x in (rewards, plain))):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
-def test_reward_model_learns_and_is_centred(config, tmp_path):
-    cfg = config(loss='reward', max_iters=25, eval_interval=25)
-    metrics = train.train(cfg)
-    log = [json.loads(line) for line in open(tmp_path / 'run' / 'log.jsonl')]
-    assert log[1]['eval/loss'] == pytest.approx(math.log(2))     # a head of zeros
+def test_a_config_file_trains_a_reward_model(reward_config, files, tmp_path):
+    metrics = train.train(reward_config(max_iters=25, eval_interval=25))
+    assert read(tmp_path / 'run' / 'log.jsonl')[1]['eval/loss'] == pytest.approx(math.log(2))
     assert metrics['eval/loss'] < 0.62 and metrics['eval/rewards/accuracies'] > 0.7
-    assert not any('logps' in key for line in log[1:] for key in line)
-    lines = [json.loads(line) for line in open(tmp_path / 'run' / 'eval.jsonl')]
-    assert lines[0]['chosen_logps'] is None and isinstance(lines[0]['chosen_reward'], float)
-    model = RewardModel.from_pretrained(str(tmp_path / 'run'))
-    pairs = Pairs(prepare(cfg), 'train')
-    assert abs(train.score(model, pairs, np.arange(len(pairs)), 2, cfg).mean()) < 1e-4
-    with pytest.raises(InputError, match='tensor head.weight is not one of GPT-2'):
-        GPT.from_pretrained(str(tmp_path / 'run'))
+    assert load_checkpoint(tmp_path / 'run' / 'ckpt.pt')['config']['loss'] == 'lab.reward.reward_loss'
+    assert load(str(tmp_path / 'run'), RewardModel).head.weight.abs().sum() > 0
+    assert load(str(files / 'base'), RewardModel).head.weight.abs().sum() == 0
+    with pytest.raises(InputError, match='unexpected tensor head.weight'):
+        load(str(tmp_path / 'run'))
 
 
-def test_reward_model_resumes_where_it_was(config, tmp_path):
-    """The rewards' mean, which an evaluation changes, with it: bit for bit."""
-    settings = dict(loss='reward', schedule='constant', eval_interval=3)
-    train.train(config(**settings, max_iters=6, out_dir=tmp_path / 'whole'))
-    train.train(config(**settings, max_iters=3))
-    half = load_checkpoint(str(tmp_path / 'run' / 'ckpt.pt'))
-    train.train(config(**settings, max_iters=6, resume=True))
-    whole, run = (load_checkpoint(str(tmp_path / name / 'ckpt.pt')) for name in ('whole', 'run'))
-    assert (half['step'], run['step']) == (3, 6) and half['model']['mean'] != run['model']['mean'] != 0
-    assert all(torch.equal(t, run['model'][name]) for name, t in whole['model'].items())
+def test_a_reward_model_resumes_exactly(reward_config, tmp_path):
+    runs = []
+    for folder, steps, resume in (('through', 6, False), ('cut', 3, False), ('cut', 6, True)):
+        train.train(reward_config(out_dir=tmp_path / folder, max_iters=steps, resume=resume,
+                                  schedule='constant'))
+        runs.append(load_checkpoint(tmp_path / folder / 'ckpt.pt')['model'])
+    assert not torch.equal(runs[0]['head.weight'], runs[1]['head.weight'])
+    assert all(torch.equal(t, runs[2][name]) for name, t in runs[0].items())
 
 
-def test_margins_reach_the_loss_and_no_other_objective(config, write):
-    path = write('margins.jsonl', [dict(prompt=f'{i}:', chosen=' a', rejected=' b', margin=2.0) for i in range(8)])
-    cfg = config(dataset=path, loss='reward', val_fraction=1.0, eval_only=True, max_iters=None)
+def test_margins_reach_the_reward_loss_and_no_other(reward_config, config, write):
+    records = [dict(prompt=f'{i}:', chosen=' a', rejected=' b', margin=2.0) for i in range(8)]
+    path = write('margins.jsonl', records)
+    cfg = reward_config(dataset=path, val_fraction=1.0, eval_only=True)
     assert train.train(cfg)['eval/loss'] == pytest.approx(math.log1p(math.exp(2.0)))
-    with pytest.raises(InputError, match='has margins, and loss = .dpo. ignores them'):
+    with pytest.raises(InputError, match='margin other than 0'):
         train.train(config(dataset=path))
-    bad = write('bad.jsonl', [dict(prompt='x', chosen=' a', rejected=' b', margin='much')])
-    with pytest.raises(InputError, match="bad.jsonl line 1: 'margin' is 'much', not a finite number"):
-        prepare(config(dataset=bad))
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Judges
 
 
-def test_implicit_reward_is_that_of_the_evaluation(config, base, tmp_path):
-    for loss in ('dpo', 'simpo', 'ipo'):
-        cfg = config(loss=loss, out_dir=tmp_path / loss, dtype='float32')
-        train.train(cfg)
-        lines = [json.loads(line) for line in open(tmp_path / loss / 'eval.jsonl')]
-        records = [json.loads(line) for line in open(base / 'pairs.jsonl')]
-        some = [records[line['id']] for line in lines]
-        rewards = load_judge(str(tmp_path / loss), 'cpu')(
-            [r['prompt'] for r in some], [[r['chosen'], r['rejected']] for r in some])
-        for got, line in zip(rewards, lines):
-            assert got == pytest.approx([line['chosen_reward'], line['rejected_reward']], abs=2e-5)
+@pytest.mark.parametrize('loss', ['dpo', 'simpo', 'ipo', 'plackett_luce', 'reward'])
+def test_a_runs_judge_gives_the_rewards_of_its_evaluation(config, reward_config, files, tmp_path, loss):
+    cfg = reward_config() if loss == 'reward' else config(loss=loss)
+    train.train(cfg)
+    lines, records = read(tmp_path / 'run' / 'eval.jsonl'), read(files / 'pairs.jsonl')
+    prompts = [records[line['id']]['prompt'] for line in lines]
+    texts = [[records[line['id']][key] for key in ('chosen', 'rejected')] for line in lines]
+    scores = load_judge(str(tmp_path / 'run'), 'cpu')(prompts, texts)
+    for found, line in zip(scores, lines, strict=True):
+        assert found == pytest.approx([line['chosen_reward'], line['rejected_reward']], abs=2e-5)
+    assert np.ptp(scores) > 1e-2
 
 
-def test_several_judges_are_averaged(config, base, tmp_path, write):
-    path = write('mine.py', b'def length(prompt, responses):\n    return [len(r) for r in responses]\n')
-    judge = load_judge(f'gold,{path}:length')
-    rewards = judge(['x:'], [[' great plot.', ' dull cast, weak score.', ' x']])
-    assert rewards[0].tolist() == [(1 + 12) / 2, (-2 + 23) / 2, (0 + 2) / 2]
+def test_several_judges_are_averaged(write):
+    path = write('mine.py', 'def length(prompt, responses):\n    return [len(r) for r in responses]\n')
+    scores = load_judge(f'gold,{path}:length')(['x:', 'y:'], [[' great plot.', ' dull cast.'], [' x']])
+    assert [each.tolist() for each in scores] == [[(1 + 12) / 2, (-1 + 11) / 2], [(0 + 2) / 2]]
 
 
 @pytest.mark.parametrize('text, message', [
-    ('def f(p, r): return [1.0]', 'must give a finite number for each of 2 responses'),
-    ('def f(p, r): return [1.0, float("nan")]', 'must give a finite number for each of 2 responses'),
+    ('def f(p, r): return [1.0]', 'must return a finite number for each of 2 responses'),
+    ('def f(p, r): return [1.0, float("nan")]', 'must return a finite number'),
     ('def f(p, r): return ["a", "b"]', 'ValueError'),
     ('def f(p, r): raise KeyError("lost")', "KeyError: 'lost'"),
     ('def g(p, r): return r', "has no function 'f'"),
     ('import nothing_of_that_name', 'ModuleNotFoundError')])
-def test_a_judge_of_the_users_own_is_held_to_its_word(write, text, message):
-    path = write('mine.py', text.encode())
-    with pytest.raises(InputError, match='judge: ') as e:
+def test_mistakes_in_a_judge_of_ones_own_are_one_line(write, text, message):
+    path = write('mine.py', text)
+    with pytest.raises(InputError) as e:
         load_judge(f'{path}:f')(['x'], [['a', 'b']])
-    assert message in str(e.value) and '\n' not in str(e.value)
+    assert message in str(e.value) and 'mine.py' in str(e.value) and '\n' not in str(e.value)
 
 
-def test_judges_that_there_are_not(base, tmp_path):
-    for name, message in (('mine.py:f', 'no such file'), (str(base / 'base'), 'is no run of train.py'),
-                          (str(tmp_path / 'nothing'), 'no such file or folder')):
+def test_what_is_no_judge(config, files, tmp_path):
+    train.train(config(loss='sft', out_dir=tmp_path / 'sft', max_iters=1))
+    for name, message in (
+            (files / 'mine.py:f', 'no such'), (files / 'base', 'not a run of train.py'),
+            (tmp_path / 'nothing', 'no model there'), (tmp_path / 'sft', 'has no rewards')):
         with pytest.raises(InputError, match=message):
-            load_judge(name)
+            load_judge(str(name), 'cpu')(['x'], [['a', 'b']])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Labels, best of n, rejection sampling
+def test_a_reference_that_has_changed_is_refused(config, tmp_path):
+    save(random_model(0), tmp_path / 'moved')
+    train.train(config(init_from=tmp_path / 'moved', max_iters=1))
+    load_judge(str(tmp_path / 'run'), 'cpu')
+    save(random_model(1), tmp_path / 'moved')
+    with pytest.raises(InputError, match='moved: not the reference that .*run was trained with'):
+        load_judge(str(tmp_path / 'run'), 'cpu')
 
 
-def test_sampled_ranking_is_plackett_luce():
-    rewards, rng, n = np.array([1.0, 0.0, -0.5]), np.random.default_rng(0), 20000
-    drawn = [tuple(ranked(rewards, 'sample', rng)[0]) for _ in range(n)]
-    weights = np.exp(rewards)
-    for order in {(0, 1, 2), (1, 0, 2), (2, 1, 0)}:
-        w = weights[list(order)]
+def test_texts_are_encoded_as_prepare_encodes_them(config, write):
+    """Strings and chats, with room for all and with too little; the same text twice gets two scores."""
+    turns = [dict(role=role, content=text) for role, text in (
+        ('user', 'Hi'), ('assistant', 'Yes?'), ('user', 'Who?'), ('assistant', ' me'))]
+    other = dict(role='assistant', content=' you, and nobody else at all')
+    records = [dict(prompt='a question:', chosen=' yes', rejected=' no'),
+               dict(chosen=turns, rejected=[*turns[:3], other])]
+    path, tokenizer = write('mixed.jsonl', records), get_tokenizer('byte')
+    for lengths in (dict(max_length=62, max_prompt_length=60), dict(max_length=20, max_prompt_length=9)):
+        cfg = config(dataset=path, **lengths)
+        pairs = Pairs(prepare(cfg))
+        entries = judge.read_texts((path, record) for record in records)
+        assert entries[1] == (turns[:3], [' me', other['content']])
+        for i, (prompt, texts) in enumerate(entries):
+            expected, (chosen, rejected) = pairs[i]
+            found = judge.encode(prompt, [*texts, texts[1]], tokenizer, cfg)
+            assert all(ids.tolist() == expected.tolist() for ids, _ in found)
+            assert [tokens.tolist() for _, tokens in found] == [
+                x.tolist() for x in (chosen, rejected, rejected)]
+
+
+# --------------------------------------------------------------------------------------------------
+# What scores are used for
+
+
+def test_sampled_rankings_follow_plackett_luce():
+    scores, rng, n = np.array([1.0, 0.0, -0.5]), np.random.default_rng(0), 20000
+    drawn = [tuple(rank([0, 1, 2], scores, rng, 'sample')[0]) for _ in range(n)]
+    for order in ((0, 1, 2), (1, 0, 2), (2, 1, 0)):
+        w = np.exp(scores[list(order)])
         p = w[0] / w.sum() * w[1] / w[1:].sum()
         assert abs(drawn.count(order) / n - p) < 4 * math.sqrt(p * (1 - p) / n)
 
 
-def test_labels_by_reward():
-    order, p = ranked(np.array([0.5, 2.0, -1.0]), 'best', np.random.default_rng(0))
-    assert order.tolist() == [1, 0, 2] and p == 1.0
-    order, p = ranked(np.array([0.5, 2.0, -1.0]), 'soft', np.random.default_rng(0))
-    assert order.tolist() == [1, 2] and p == pytest.approx(1 / (1 + math.exp(-3.0)))
-
-
 def test_rejection_sampling_gives_the_tilted_distribution():
-    """Six responses, equally likely under pi_ref: what is kept is pi_ref exp(r/beta) / Z."""
-    values, beta, rng = np.array([-1.0, 0.0, 0.5, 1.0, 1.5, 2.0]), 0.7, np.random.default_rng(0)
+    """Six responses, equally likely under pi_ref: what is kept is pi_ref exp(r/beta)/Z. So is the
+    first accepted of many, which `reject` takes."""
+    scores, beta, rng = np.array([-1.0, 0.0, 0.5, 1.0, 1.5, 2.0]), 0.7, np.random.default_rng(0)
+    optimum = np.exp(scores / beta) / np.exp(scores / beta).sum()
     drawn = rng.integers(6, size=60000)
-    kept = drawn[accept(values[drawn], beta, rng)]
-    wanted = np.exp(values / beta) / np.exp(values / beta).sum()
-    assert np.abs(np.bincount(kept, minlength=6) / len(kept) - wanted).max() < 0.01
-
-
-def test_the_first_that_is_accepted_of_many_is_a_sample_of_the_tilted_distribution():
-    values, beta, rng = np.array([-1.0, 0.0, 0.5, 1.0, 1.5, 2.0]), 0.7, np.random.default_rng(1)
+    kept = drawn[accept(scores[drawn], beta, rng)]
+    assert np.abs(np.bincount(kept, minlength=6) / len(kept) - optimum).max() < 0.01
     groups = rng.integers(6, size=(20000, 40))
-    first = [some[accept(values[some], beta, rng).argmax()] for some in groups]
-    wanted = np.exp(values / beta) / np.exp(values / beta).sum()
-    assert np.abs(np.bincount(first, minlength=6) / len(first) - wanted).max() < 0.015
+    first = [judge.reject(group, scores[group], rng, beta)[0][0] for group in groups]
+    assert np.abs(np.bincount(first, minlength=6) / len(first) - optimum).max() < 0.015
 
 
-def test_completions_that_were_cut_off_are_no_answers(write, tmp_path, capsys):
-    judge = write('mine.py', b'def longer(prompt, responses):\n    return [len(r) for r in responses]\n') + ':longer'
-    samples = write('cut.jsonl', [dict(model='m', prompt='p:', response=r, ended=ended) for r, ended in (
-        (' a', True), (' aaaaaa', False), (' ', True), (' aa', True))])
-    reward.main(['best', judge, samples, f'--out={tmp_path / "best.jsonl"}'])
-    assert json.loads((tmp_path / 'best.jsonl').read_text()) == dict(prompt='p:', chosen=' aa')
-    assert '2 completions without an end, or empty, left out' in capsys.readouterr().out
-    two = write('two_models.jsonl', [dict(model=m, prompt='p:', response=' a', ended=True) for m in 'ab'])
-    with pytest.raises(InputError, match='completions of more than one model'):
-        reward.main(['best', judge, two])
+def test_commands_write_what_prepare_reads(config, write, tmp_path, capsys):
+    mine, out = write('mine.py', EARLY) + ':early', str(tmp_path / 'out.jsonl')
+    pairs = write('two.jsonl', [dict(prompt='p:', chosen=' aa', rejected=' a')])
+    samples = write('many.jsonl', [
+        dict(model='m', prompt=p, response=r, ended=r != ' cut')
+        for p, r in (('p:', ' aaa'), ('q:', ' b'), ('p:', ' a'), ('p:', ' cut'), ('p:', ' aa'),
+                     ('q:', ' '), ('q:', ' b'))])
+
+    def ask(verb, file, *options):
+        judge.main([verb, mine, file, f'--out={out}', *options])
+        return read(out)
+    assert ask('score', pairs)[0]['scores'] == [-1.5, -1.0]
+    assert '0.0% +- 0.0% of 1 pairs' in capsys.readouterr().out
+    assert ask('label', pairs)[0] == dict(
+        prompt='p:', chosen=' aa', rejected=' a', p=pytest.approx(1 / (1 + math.exp(0.5))))
+    shortest = [dict(prompt='p:', chosen=' a'), dict(prompt='q:', chosen=' b')]
+    assert ask('best', samples) == shortest
+    assert '2 completions without an end, or blank, left out' in capsys.readouterr().out
+    assert ask('reject', samples, '--beta=0.01') == shortest
+    assert ask('rank', samples) == [dict(prompt='p:', responses=[' a', ' aa', ' aaa'])]
+    soft, = ask('rank', samples, '--labels=soft')
+    p = 1 / (1 + math.exp(-1))
+    assert soft == dict(prompt='p:', chosen=' a', rejected=' aaa', p=pytest.approx(p))
+    assert Pairs(prepare(config(dataset=out))).table['p'][0] == pytest.approx(p)
 
 
-def test_a_reference_that_has_changed_is_not_taken_for_the_one_of_before(config, base, tmp_path):
-    shutil.copytree(base / 'base', tmp_path / 'moved')
-    train.train(config(init_from=tmp_path / 'moved'))
-    load_judge(str(tmp_path / 'run'), 'cpu')
-    model = GPT.from_pretrained(str(tmp_path / 'moved'))
-    with torch.no_grad():
-        model.ln_f.bias.add_(0.1)
-    model.save_pretrained(tmp_path / 'moved')
-    with pytest.raises(InputError, match='moved: not the reference that .*ckpt.pt was trained with'):
-        load_judge(str(tmp_path / 'run'), 'cpu')
+@pytest.mark.parametrize('argv, message', [
+    ('score gold', 'usage'), ('judge gold two.jsonl', 'usage'), ('best gold --out=x two.jsonl', 'usage'),
+    ('score gold none.jsonl', 'none.jsonl: no such file'), ('label gold three.jsonl', '3 responses, not 2'),
+    ('best gold three.jsonl --beta=1', "'beta' is not a setting"), ('rank gold x --labels=y', "labels: 'y'"),
+    ('reject gold x --beta=0', 'beta: 0.0 is not above 0'), ('best gold models.jsonl', 'second model')])
+def test_commands_that_cannot_be_done(write, tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    write('three.jsonl', [dict(prompt='p:', responses=[' a', ' b', ' c'])])
+    write('models.jsonl', [dict(model=m, prompt='p:', response=' a', ended=True) for m in 'ab'])
+    with pytest.raises(InputError, match=message):
+        judge.main(argv.split())
 
 
-def test_commands_write_what_prepare_reads(config, base, write, tmp_path, monkeypatch, capsys):
-    judge = write('mine.py', b'def shorter(prompt, responses):\n    return [-len(r) / 2 for r in responses]\n') + ':shorter'
-    pairs, samples = write('two.jsonl', [dict(prompt='p:', chosen=' aa', rejected=' a')]), write(
-        'many.jsonl', [dict(prompt=p, response=r) for p, r in (('p:', ' aaa'), ('q:', ' b'), ('p:', ' a'), ('p:', ' aa'),
-                                                               ('q:', ' b'))])
-
-    def ask(*argv):
-        out = str(tmp_path / 'out.jsonl')
-        reward.main([*argv, f'--out={out}'])
-        return [json.loads(line) for line in open(out)]
-    assert ask('score', judge, pairs)[0]['rewards'] == [-1.5, -1.0]
-    assert '0.0 +- 0.0% of 1 pairs' in capsys.readouterr().out
-    assert ask('label', judge, pairs)[0]['p'] == pytest.approx(1 / (1 + math.exp(0.5)))
-    assert ask('best', judge, samples) == [dict(prompt='p:', chosen=' a'), dict(prompt='q:', chosen=' b')]
-    assert ask('rank', judge, samples) == [dict(prompt='p:', responses=[' a', ' aa', ' aaa'])]
-    kept = ask('reject', judge, samples, '--beta=0.01')
-    assert kept == [dict(prompt='p:', chosen=' a'), dict(prompt='q:', chosen=' b')]
-    soft = ask('rank', judge, samples, '--labels=soft')[0]
-    assert (soft['chosen'], soft['rejected']) == (' a', ' aaa') and soft['p'] == pytest.approx(1 / (1 + math.exp(-1)))
-    read = Pairs(prepare(config(dataset=str(tmp_path / 'out.jsonl'), val_fraction=0.0)), 'train')
-    assert read.table['p'][0] == pytest.approx(soft['p'])
-    for argv, message in ((('score', judge), 'usage'), (('judge', judge, pairs), 'usage'),
-                          (('score', judge, pairs, '--beta=2.0'), 'beta: ignored by score'),
-                          (('reject', judge, samples, '--beta=0.0'), 'beta: 0.0 is not above 0'),
-                          (('rank', judge, samples, '--labels=x'), "labels: 'x' is not one of"),
-                          (('label', judge, samples), 'label needs pairs'),
-                          (('score', judge, 'none.jsonl'), 'none.jsonl: no such file')):
-        with pytest.raises(InputError, match=message):
-            reward.main(list(argv))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# On-policy
+# --------------------------------------------------------------------------------------------------
+# Rounds
 
 
 @pytest.fixture
-def quick_judge(write):
-    return write('mine.py', b'def early(prompt, responses):\n    return [-float(len(r)) for r in responses]\n') + ':early'
+def round_config(config, files, write):
+    def round_config(**changed):
+        mine = write('mine.py', EARLY) + ':early'
+        settings = dict(init_from=files / 'brief', judge=mine, rounds=2, round_pairs=24, max_iters=2)
+        return config(rounds.load_config, **settings | changed)
+    return round_config
 
 
-@pytest.fixture
-def talkative(base):
-    """A model that ends what it says soon: an untrained one ends one response in a hundred."""
-    folder = base / 'talkative'
-    if not folder.exists():
-        torch.manual_seed(1)
-        model = GPT(GPTConfig(64, 257, 1, 2, 32, 256))
-        with torch.no_grad():
-            model.ln_f.bias += 4 * model.wte.weight[256] / model.wte.weight[256].norm()
-            model.wte.weight[256] *= 4
-        model.save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.parametrize('loss, completions, shape', [('dpo', 2, 'chosen'), ('plackett_luce', 3, 'responses')])
-def test_rounds_sample_label_and_train(config, quick_judge, talkative, tmp_path, loss, completions, shape):
-    cfg = config(init_from=talkative, rounds=2, judge=quick_judge, round_pairs=24, completions=completions, loss=loss,
-                 max_iters=2)
-    reward.train_rounds(cfg)
-    files = sorted(p.name for p in (tmp_path / 'run').glob('round-*.jsonl'))
-    assert [name[:8] for name in files] == ['round-1-', 'round-2-']
-    for name in files:
-        records = [json.loads(line) for line in open(tmp_path / 'run' / name)]
-        assert len(records) == 24 and all(shape in r for r in records)
+@pytest.mark.parametrize('loss, completions, chat', [
+    ('dpo', 2, False), ('plackett_luce', 3, False), ('simpo', 2, True)])
+def test_rounds_sample_label_and_train(round_config, write, tmp_path, loss, completions, chat):
+    changed, messages = dict(loss=loss, completions=completions, labels='best'), []
+    if chat:
+        messages = [[dict(role='user', content=text)] for text in ('Hi', 'Who?', 'Why')]
+        changed['dataset'] = write('chats.jsonl', [dict(prompt=m, chosen='x') for m in messages])
+    rounds.train_rounds(round_config(**changed))
+    run = tmp_path / 'run'
+    for k in (1, 2):
+        records = read(run / f'round-{k}.jsonl')
+        assert len(records) == 24 and all(not chat or r['prompt'] in messages for r in records)
         for r in records:
             responses = r.get('responses') or [r['chosen'], r['rejected']]
-            assert len(responses) == completions and sorted(responses, key=len) == responses
-    first = load_checkpoint(str(tmp_path / 'run' / 'round-1' / 'ckpt.pt'))
-    second = load_checkpoint(str(tmp_path / 'run' / 'round-2' / 'ckpt.pt'))
-    assert first['reference'] == second['reference']                  # the reference stays
-    assert second['config']['init_from'].endswith('round-1')          # the policy goes on
-    again = config(init_from=talkative, rounds=2, judge=quick_judge, round_pairs=24, completions=completions, loss=loss,
-                   max_iters=2, resume=True)
-    reward.train_rounds(again)                                        # whole: nothing to do
-    assert sorted(p.name for p in (tmp_path / 'run').glob('round-*.jsonl')) == files
+            assert len(set(responses)) == completions and set(''.join(responses)) <= set('ab')
+            assert sorted(responses, key=len) == responses     # as the judge says
+    first, second = (load_checkpoint(run / f'round-{k}' / 'ckpt.pt') for k in (1, 2))
+    assert first['reference'] == second['reference']           # the reference stays,
+    assert second['config']['init_from'] == str(run / 'round-1')       # and the policy goes on
+    assert (second['config']['reference_from'] == '') == (loss == 'simpo')
+
+    with pytest.raises(InputError, match='holds rounds'):
+        rounds.train_rounds(round_config(**changed))
+    times = [path.stat().st_mtime_ns for path in sorted(run.glob('round-*.jsonl'))]
+    (run / 'round-2' / 'ckpt.pt').unlink()                     # as if interrupted in the second
+    rounds.train_rounds(round_config(**changed, resume=True))
+    assert [path.stat().st_mtime_ns for path in sorted(run.glob('round-*.jsonl'))] == times
     for k, before in ((1, first), (2, second)):
-        after = load_checkpoint(str(tmp_path / 'run' / f'round-{k}' / 'ckpt.pt'))['model']
+        after = load_checkpoint(run / f'round-{k}' / 'ckpt.pt')['model']
         assert all(torch.equal(t, after[name]) for name, t in before['model'].items())
 
 
-@pytest.mark.parametrize('options, message', [
-    (dict(rounds=2), 'rounds: need a judge'), (dict(judge='gold'), 'judge: ignored with rounds = 0'),
-    (dict(rounds=1, judge='gold', loss='sft'), 'rounds: need a judge, and an objective'),
-    (dict(rounds=1, judge='gold', completions=3), 'completions: 3 make rankings'),
-    (dict(rounds=1, judge='gold', completions=1), 'completions: 1 is less than 2'),
-    (dict(rounds=1, judge='gold', labels='hard'), "labels: 'hard' is not one of")])
-def test_settings_of_rounds_that_cannot_be(config, options, message):
+@pytest.mark.parametrize('changed, message', [
+    (dict(rounds=0), 'rounds: 0 is less than 1'), (dict(completions=1), 'completions: 1 is less'),
+    (dict(loss='sft'), 'compares no responses'), (dict(labels='hard'), "labels: 'hard'"),
+    (dict(completions=3), 'completions: 3 make rankings'), (dict(loss='ipo', labels='soft'), 'ignores'),
+    (dict(judje='gold'), "did you mean 'judge'")])
+def test_settings_of_rounds_that_cannot_be(round_config, changed, message):
     with pytest.raises(InputError, match=message):
-        config(**options)
+        round_config(**changed)
 
 
-def test_a_policy_that_never_ends_is_said(config, base, quick_judge):
-    with pytest.raises(InputError, match='distinct responses'):
-        reward.train_rounds(config(init_from=base / 'base', rounds=1, judge=quick_judge, round_pairs=100,
-                                   max_length=34, max_prompt_length=33))
+def test_a_policy_that_never_ends_is_one_line(round_config, files):
+    cfg = round_config(init_from=files / 'base', max_length=34, max_prompt_length=33)
+    with pytest.raises(InputError, match='of 24 prompts got 2 distinct responses'):
+        rounds.train_rounds(cfg)
 
 
-def test_another_reference_than_the_start(config, base, talkative, tmp_path):
-    """The first step's loss is not log 2, and cached and live reference agree."""
-    found = []
-    for reference in ('cached', 'live'):
-        cfg = config(init_from=talkative, reference_from=base / 'base', reference=reference, max_iters=2,
-                     out_dir=tmp_path / reference)
-        train.train(cfg)
-        found.append([json.loads(line) for line in open(tmp_path / reference / 'eval.jsonl')])
-        first = [json.loads(line) for line in open(tmp_path / reference / 'log.jsonl')][1]
-        assert abs(first['eval/loss'] - math.log(2)) > 1e-3
-    for a, b in zip(*found):
-        assert a == pytest.approx(b, abs=1e-4)
-    with pytest.raises(InputError, match="reference_from: ignored with loss = 'simpo'"):
-        config(loss='simpo', reference_from=base / 'base')
+# --------------------------------------------------------------------------------------------------
+# Credit
 
 
-def test_samples_at_evaluation_give_kl_and_length(config, talkative, tmp_path):
-    train.train(config(init_from=talkative, eval_samples=8, max_iters=3, learning_rate=1e-2))
-    lines = [json.loads(line) for line in open(tmp_path / 'run' / 'log.jsonl')]
-    lines = [line for line in lines if 'eval/kl' in line]
-    assert [line['step'] for line in lines] == [0, 3]
-    assert lines[0]['eval/kl'] == pytest.approx(0, abs=1e-4) and lines[1]['eval/kl'] > 1e-3
-    samples = [json.loads(line) for line in open(tmp_path / 'run' / 'samples.jsonl')]
-    assert len(samples) == 8 and lines[1]['eval/length'] == np.mean([s['tokens'] for s in samples])
-    with pytest.raises(InputError, match="eval_samples: ignored with loss = 'reward'"):
-        config(loss='reward', eval_samples=4)
+def test_credit_of_each_token_is_that_of_two_plain_passes(files):
+    policy, reference = (load(str(files / name)) for name in ('base', 'other'))
+    prompt, response = list(b'one two'), [*b' three', 256]
+    found = credit.token_credit(policy, reference, prompt, response, beta=0.3)
+    logps = [m(torch.tensor([prompt + response]))[0].log_softmax(-1) for m in (policy, reference)]
+    for t, (token, c) in enumerate(zip(response, found, strict=True)):
+        difference = (logps[0] - logps[1])[len(prompt) + t - 1, token].item()
+        assert c == pytest.approx(0.3 * difference, abs=1e-5)
+
+
+@pytest.mark.parametrize('text', ['plain', 'caf\u00e9 \u20ac5 \U0001f600!'])
+def test_spans_are_characters(text):
+    tokens = get_tokenizer('byte').encode(text).tolist()
+    spans = credit.spans_of(tokens, [1.0] * len(tokens), get_tokenizer('byte'))
+    assert spans == [(character, len(character.encode())) for character in text]
+
+
+@pytest.mark.parametrize('tokens', [[255, 254, 65], [65, 195], [195, 65, 66]])
+def test_bytes_that_are_no_character_lose_no_credit(tokens):
+    numbers = [1.0, 2.0, 4.0][:len(tokens)]
+    spans = credit.spans_of(tokens, numbers, get_tokenizer('byte'))
+    assert sum(c for _, c in spans) == sum(numbers)
+    assert ''.join(text for text, _ in spans) == get_tokenizer('byte').decode(tokens)
+
+
+def test_credit_on_the_terminal_and_as_a_page(config, files, tmp_path, capsys, monkeypatch):
+    train.train(config(beta=0.5))
+    run, page = str(tmp_path / 'run'), tmp_path / 'credit.html'
+    argv = [run, '--prompt=<x>', '--response= a<b', f'--out={page}', '--device=cpu']
+    credit.main(argv)
+    shown, text = capsys.readouterr().out, page.read_text()
+    score, = load_judge(run, 'cpu')(['<x>'], [[' a<b']])      # the reward is the sum of the credit
+    assert abs(score[0]) > 0.01
+    assert float(re.search(r'implicit reward (\S+)\]', shown)[1]) == pytest.approx(score[0], abs=1e-3)
+    numbers = [float(number) for number in re.findall(r"'([+-]\d+\.\d+)", shown)]
+    assert sum(numbers) == pytest.approx(score[0], abs=5e-3) and len(numbers) == 5   # 4 bytes, the end
+    assert '<pre>&lt;x&gt;</pre>' in text and text.count('<span ') == 5 and '0.5 log' in text
+    assert not re.search('http|<script|<link', text)
+    monkeypatch.setenv('FORCE_COLOR', '1')
+    credit.main(argv)
+    assert capsys.readouterr().out.count('\x1b[30;48;2;') == 5
+    credit.main([run, '--prompt=x', f'--compare={run}', f'--out={page}', '--max_new_tokens=4'])
+    assert 'implicit reward +0.000' in capsys.readouterr().out     # the policy beside itself
+    for wrong, message in (([run], 'prompt: is empty'), ([str(files / 'base'), '--prompt=x'], 'not a run')):
+        with pytest.raises(InputError, match=message):
+            credit.main(wrong)
