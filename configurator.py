@@ -114,13 +114,13 @@ def checked(name, value, where, kind):
 def run(main, doc):
     """CLI wrapper: --help prints `doc`; an InputError becomes one line and exit code 1."""
     argv = sys.argv[1:]
-    if not argv or '-h' in argv or '--help' in argv:
-        print(doc.strip())
-        return
     # SIGTERM unwinds the stack, so that temporary files are removed
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        main(argv)
+        if not argv or '-h' in argv or '--help' in argv:
+            print(doc.strip(), flush=True)
+        else:
+            main(argv)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:              # the reader of our output, `head` say, has ended

@@ -492,6 +492,14 @@ def save_checkpoint(path, model, cfg, **state):
                         config=plain_settings(cfg), **state), f)
 
 
+def check_out_dir(cfg, ckpt):
+    if os.path.exists(ckpt) and not (cfg.resume or cfg.overwrite or cfg.eval_only):
+        raise InputError(f'out_dir: {cfg.out_dir} holds a run; --resume continues it, --overwrite '
+                         'replaces it')
+    if cfg.resume and not os.path.exists(ckpt):
+        raise InputError(f'resume: there is no {ckpt}')
+
+
 def restore(model, path):
     """Load the weights of a checkpoint -> the checkpoint. Raises InputError for another shape."""
     checkpoint = load_checkpoint(path)
@@ -569,6 +577,13 @@ def load_run(cfg):
     return model.to(cfg.device), tokenizer, pairs
 
 
+def catch_signals():
+    """Collect SIGINT and SIGTERM in a list -> the list, and the handlers of before."""
+    stop = []
+    return stop, {s: signal.signal(s, lambda number, frame: stop.append(number))
+                  for s in (signal.SIGINT, signal.SIGTERM)}
+
+
 def announce(cfg, model, pairs):
     size = sum(p.numel() for p in model.parameters())
     say(f'{size:,} parameters; {len(pairs.train):,} pairs to train on, {len(pairs.val):,} to '
@@ -613,11 +628,7 @@ def train(cfg):
     started = time.perf_counter()
     setup_machine(cfg)
     ckpt = os.path.join(cfg.out_dir, 'ckpt.pt')
-    if os.path.exists(ckpt) and not (cfg.resume or cfg.overwrite or cfg.eval_only):
-        raise InputError(f'out_dir: {cfg.out_dir} holds a run; --resume continues it, --overwrite '
-                         'replaces it')
-    if cfg.resume and not os.path.exists(ckpt):
-        raise InputError(f'resume: there is no {ckpt}')
+    check_out_dir(cfg, ckpt)
     model, tokenizer, pairs = load_run(cfg)
     rows = pairs.val
     if not cfg.eval_only:
@@ -647,9 +658,7 @@ def train(cfg):
         write_log(**header(cfg, fingerprint, pairs))
     announce(cfg, model, pairs)
     K = pairs.K if compares(cfg) else 1
-    stop = []                                              # signals: finish the step, save, leave
-    handlers = {s: signal.signal(s, lambda number, frame: stop.append(number))
-                for s in (signal.SIGINT, signal.SIGTERM)}
+    stop, handlers = catch_signals()                       # finish the step, save, leave
 
     def load_step(step):
         return list(batches(pairs, step_rows(step, pairs.train, cfg)[RANK::WORLD], K, cfg))

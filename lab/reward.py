@@ -9,7 +9,6 @@ response, which the training loop passes to the objective as its log-prob, is th
 So `logps` in a reward model's logs are rewards, too.
 Left out: centred rewards (the loss sees only differences), reward models of other architectures.
 """
-import torch
 import torch.nn as nn
 
 from dpo import bernoulli_nll

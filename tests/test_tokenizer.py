@@ -237,7 +237,7 @@ def test_a_message_that_spells_a_special_token_is_text(name, family):
     plain, _ = encode('word')
     assert [i for i in ids if i in special] == [i for i in plain if i in special]
     decoded = tokenizer.decode(ids)
-    if name in ('llama2', 'llama2 as it was', 'mistral'):    # Metaspace: a space after special tokens
+    if name in ('llama2', 'llama2 as it was', 'mistral'):    # a space after special tokens
         decoded, written = (re.sub(r'(<s>|\[/INST\]) ', r'\1', t) for t in (decoded, written))
     assert decoded == written
     text = tokenizer.encode(spelled)
