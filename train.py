@@ -533,6 +533,7 @@ def open_log(cfg, log_bytes):
                 os.remove(os.path.join(cfg.out_dir, name))
     log = open(os.path.join(cfg.out_dir, 'log.jsonl'), 'ab', buffering=0)
     log.truncate(log_bytes)
+    log.seek(log_bytes)                  # where tell() counts from until the first line
     return log
 
 

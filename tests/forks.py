@@ -1,14 +1,14 @@
 """
-Commands of this repository in forks of one process that has loaded torch: a start takes milliseconds.
+Commands of this repository in forks of one process that has loaded torch: quick to start.
 
     with Forks() as forks:
-        child = forks.start('folder', 'train.py', '--loss=dpo', ...)    # prints into folder.txt, beside it
+        child = forks.start('folder', 'train.py', '--loss=dpo', ...)    # prints into folder.txt
         child.signal(signal.SIGKILL)
         assert child.wait() == -signal.SIGKILL
 
-One command at a time. The scripts are those of the repository, or of the copy of it that `root` names. This
-file is also what the other process runs; it imports nothing of ours, so that each fork reads the source
-as it is then. Left out: systems without fork.
+One command at a time. The scripts are those of the repository, or of the copy of it that `root`
+names. This file is also what the other process runs; it imports nothing of ours, so that each fork
+reads the source as it is then. Left out: systems without fork.
 """
 import ctypes
 import json
@@ -33,7 +33,7 @@ class Child:
         self.pid, self.output, self.reply = pid, output, reply
 
     def signal(self, number):
-        """SIGINT to all processes of the command, as a terminal's Ctrl-C does; others to the first alone."""
+        """SIGINT to all processes of the command, as Ctrl-C does; others to the first alone."""
         try:
             (os.killpg if number == signal.SIGINT else os.kill)(self.pid, number)
         except ProcessLookupError:      # ended just before
@@ -61,8 +61,9 @@ class Forks:
 
     def __enter__(self):
         env = dict(os.environ, OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE')
-        self.process = subprocess.Popen([sys.executable, os.path.abspath(__file__)], env=env, text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=1)
+        self.process = subprocess.Popen([sys.executable, os.path.abspath(__file__)], env=env,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                        bufsize=1)
         return self
 
     def __exit__(self, *exc):
@@ -86,7 +87,7 @@ class Forks:
 
 
 def until(condition, seconds=60):
-    """Wait until condition() is true, polling without a pause; False where it took longer than that."""
+    """Wait until condition() is true, polling without a pause; False where it takes longer."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
@@ -106,7 +107,7 @@ def become(job):
     if job['file_limit']:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job['file_limit'],) * 2)
     if job['unprivileged'] and os.geteuid() == 0:
-        header = struct.pack('Ii', 0x20080522, 0)       # Linux's capset, version 3: this process, no power
+        header = struct.pack('Ii', 0x20080522, 0)       # Linux's capset, version 3: this process
         if ctypes.CDLL(None).capset(header, bytes(24)):
             sys.exit('capset failed')
     sys.path[0] = job['root']           # in place of tests/, as `python SCRIPT` sets it

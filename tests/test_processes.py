@@ -22,6 +22,7 @@ from forks import ROOT, until
 from model import GPT, GPTConfig
 from weights import load_checkpoint
 
+WORDS = 'the a red dog sees one old cat'.split()
 SETTINGS = dict(init_from='base', dataset='pairs.jsonl', data_dir='data', tokenizer='byte',
                 max_length=64, max_prompt_length=16, val_fraction=0.2, batch_size=7, eval_samples=3,
                 max_iters=5, eval_interval=2, log_interval=1, learning_rate=1e-3, device='cpu',
@@ -38,8 +39,7 @@ def place(tmp_path_factory):
     weights.save(GPT(GPTConfig(64, 257, 2, 2, 32)), 'base')
     with open('pairs.jsonl', 'w') as f:
         for i in range(60):
-            chosen, rejected = (' '.join(rng.choices(['cat', 'dog', 'runs', 'a'], k=rng.randint(1, 6)))
-                                for _ in range(2))
+            chosen, rejected = (' '.join(rng.choices(WORDS, k=rng.randint(1, 6))) for _ in range(2))
             f.write(json.dumps(dict(prompt=f'{i}:', chosen=chosen, rejected=rejected)) + '\n')
     yield folder
     os.chdir(before[0])
@@ -55,8 +55,8 @@ def start(processes, **changed):
     launcher = [sys.executable, '-m', 'torch.distributed.run', '--standalone',
                 f'--nproc_per_node={processes}']
     env = dict(os.environ, OMP_WAIT_POLICY='PASSIVE', OMP_NUM_THREADS='1')
-    return subprocess.Popen([*launcher, os.path.join(ROOT, 'train.py'), *options(**changed)], env=env,
-                            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen([*launcher, os.path.join(ROOT, 'train.py'), *options(**changed)],
+                            env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def read_lines(path):
@@ -90,11 +90,13 @@ def test_several_processes_equal_one(place, processes, reference):
 def test_a_signal_to_one_process_stops_them_all(place):
     """They finish the same step, one of them saves, and a single process can go on."""
     process = start(2, out_dir='stopped', max_iters=10000, eval_interval=10000)
-    children, log = Path(f'/proc/{process.pid}/task/{process.pid}/children'), Path('stopped/log.jsonl')
+    children = Path(f'/proc/{process.pid}/task/{process.pid}/children')
+    log = Path('stopped/log.jsonl')
     if not children.exists():
         process.kill()
         pytest.skip('the processes are found through /proc')
-    assert until(lambda: log.exists() and log.read_bytes().count(b'\n') > 4, 120)
+    assert until(lambda: process.poll() is not None
+                 or log.exists() and log.read_bytes().count(b'\n') > 4, 120)
     os.kill(int(children.read_text().split()[-1]), signal.SIGTERM)
     printed = process.communicate(timeout=120)[0]
     done = load_checkpoint('stopped/ckpt.pt')['step']

@@ -37,7 +37,7 @@ SETTINGS = dict(init_from='base', dataset='pairs.jsonl', data_dir='data', tokeni
                 max_length=64, max_prompt_length=32, val_fraction=0.2, batch_size=8,
                 tokens_per_batch=512, learning_rate=1e-3, schedule='constant', max_iters=12,
                 eval_interval=4, log_interval=1, device='cpu')
-KINDS = dict(dpo=dict(), simpo=dict(loss='simpo'), sft=dict(loss='sft'), live=dict(reference='live'))
+KINDS = dict(dpo={}, simpo=dict(loss='simpo'), sft=dict(loss='sft'), live=dict(reference='live'))
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
 SIGNALS = pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
 
@@ -49,7 +49,8 @@ def write_pairs(path, n, longest=5):
         return ' ' + ' '.join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))
     with open(path, 'w') as f:
         for i in range(n):
-            record = dict(prompt=f'{i}{text(1, 3)}', chosen=text(1, longest - 1), rejected=text(1, longest))
+            record = dict(prompt=f'{i}{text(1, 3)}', chosen=text(1, longest - 1),
+                          rejected=text(1, longest))
             f.write(json.dumps(record) + '\n')
 
 
@@ -102,7 +103,7 @@ def read_lines(path):
 
 
 def steps_of(log):
-    """A log's lines by step and kind, (3, True) the evaluation before step 3; none is there twice."""
+    """A log's lines by step and kind, (3, True) the evaluation before step 3; none is doubled."""
     kinds = [(line['step'], 'eval/loss' in line) for line in log[1:]]
     assert len(set(kinds)) == len(kinds), kinds
     return kinds
@@ -150,14 +151,14 @@ def error_of(result, code=1):
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_killed_at_random_instants_and_resumed(place, forks, kind):
-    kills, rng, changed = 25 if LONG else 3, random.Random(kind), KINDS[kind] | dict(eval_interval=3)
-    begin = time.monotonic()
-    assert forks.run(place, 'train.py', *options(out_dir=f'one_{kind}', **changed, max_iters=30))[0] == 0
+    kills, rng = 25 if LONG else 3, random.Random(kind)
+    changed, begin = KINDS[kind] | dict(eval_interval=3, max_iters=30), time.monotonic()
+    assert forks.run(place, 'train.py', *options(out_dir=f'one_{kind}', **changed))[0] == 0
     takes, finished, done = time.monotonic() - begin, 0, 0
     while done < kills or not finished:
         run = place / f'killed_{kind}{finished}'
         there = (run / 'ckpt.pt').exists()
-        child = forks.start(place, 'train.py', *options(out_dir=run.name, **changed, max_iters=30),
+        child = forks.start(place, 'train.py', *options(out_dir=run.name, **changed),
                             '--resume' if there else '--overwrite')
         if done < kills:
             lines, log = rng.randrange(42), run / 'log.jsonl'
@@ -203,7 +204,7 @@ def test_killed_between_the_two_checkpoints(place, monkeypatch):
 
 
 def stopped(function, call, number=signal.SIGTERM, **changed):
-    """A run in this process that gets a signal in a call, counted from 0, of a function of train.py."""
+    """A run in this process that gets a signal in a call, from 0, of a function of train.py."""
     plain, calls = getattr(train, function), []
 
     def interrupted(*args):
@@ -265,7 +266,8 @@ def test_interrupted_in_a_step(place, forks, number):
     done = load_checkpoint(f'step{number}/ckpt.pt')['step']
     assert f'step{number}: stopped after {done} steps; --resume continues from there' in printed
     assert steps_of(read_lines(log))[-1] == (done - 1, False)
-    code, printed = forks.run(place, 'train.py', *options(**changed | dict(max_iters=done + 2)), '--resume')
+    changed |= dict(max_iters=done + 2)
+    code, printed = forks.run(place, 'train.py', *options(**changed), '--resume')
     assert code == 0 and steps_of(read_lines(log))[-1] == (done + 2, True)
 
 
@@ -285,7 +287,7 @@ def test_interrupted_in_an_evaluation(place, number, call):
 @pytest.mark.parametrize('number', CODES, ids=lambda s: s.name)
 def test_interrupted_in_the_reference_pass(place, forks, number):
     """What was computed stays, and what the second run adds is the same as in one go."""
-    changed = dict(dataset='many.jsonl', batch_size=600, max_iters=2, eval_interval=2)     # all of it
+    changed = dict(dataset='many.jsonl', batch_size=600, max_iters=2, eval_interval=2)
     if not os.path.exists('reference'):
         assert forks.run(place, 'train.py', *options(
             out_dir='reference', **changed | dict(data_dir='reference_data')))[0] == 0
@@ -303,8 +305,9 @@ def test_interrupted_in_the_reference_pass(place, forks, number):
     there = np.isfinite(half)
     assert 0 < there.sum() and np.array_equal(half[there], full[there])
     np.testing.assert_allclose(full, expected, rtol=1e-5, atol=1e-5)
-    for ours, theirs in zip(read_lines(run / 'log.jsonl')[1:], read_lines('reference/log.jsonl')[1:]):
-        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4)
+    logs = (read_lines(f'{folder}/log.jsonl')[1:] for folder in (run, 'reference'))
+    for line, other in zip(*logs, strict=True):
+        assert line == pytest.approx(other, rel=1e-4, abs=1e-4)
 
 
 @pytest.fixture(scope='module')
@@ -349,7 +352,7 @@ def test_interrupted_while_preparing(place, forks, long, number):
 
 @pytest.fixture(scope='module')
 def half(place):
-    """A run that is done, and the same one as it stood after half its steps -> a function to copy it."""
+    """A run that is done, and one that was stopped half-way -> a function to copy the latter."""
     train.train(config(out_dir='full'))
     stopped('learning_rate', 6, out_dir='half')
 
@@ -402,7 +405,8 @@ def test_disk_full_at_eval_jsonl(place, forks, half):
 
 
 def test_disk_full_while_preparing(place, forks):
-    result = forks.run(place, 'train.py', *options(out_dir='nowhere', data_dir='full_data'), file_limit=2000)
+    result = forks.run(place, 'train.py', *options(out_dir='nowhere', data_dir='full_data'),
+                       file_limit=2000)
     assert re.match(r'error: full_data/pairs-\w+: cannot be written \(OSError', error_of(result))
     assert os.listdir('full_data') == [] and not os.path.exists('nowhere')
 
@@ -412,28 +416,33 @@ def test_disk_full_in_the_reference_pass(place, forks):
     changed = options(out_dir='nowhere', data_dir='full_reference')
     folder = prepare.prepare(train.load_config(changed))
     result = forks.run(place, 'train.py', *changed, file_limit=1000)
-    assert re.search(r'error: full_reference/reference-\w+.f32: could not be written', error_of(result))
+    assert re.match(r'error: full_reference/reference-\w+.f32: could not be', error_of(result))
     assert os.listdir('full_reference') == [os.path.basename(folder)]
     assert forks.run(place, 'train.py', *changed)[0] == 0
     path, = glob.glob('full_reference/reference-*')
     assert os.stat(path).st_blocks * 512 >= os.path.getsize(path) > 1000    # no hole in it
 
 
-@pytest.mark.parametrize('what', ['out_dir', 'its parent', 'data_dir'])
+PLACES = 'out_dir', 'its parent', 'data_dir'
+
+
+@pytest.mark.parametrize('what', PLACES)
 def test_a_read_only_folder(place, forks, half, what):
     if os.geteuid() == 0 and sys.platform != 'linux':
         pytest.skip('permissions do not apply to root, who can give up that right on Linux only')
     run = half(f'closed {what}')
-    folder = place / dict({'out_dir': run.name, 'data_dir': 'closed_data'}).get(what, 'closed_parent')
+    folder = place / dict(zip(PLACES, (run.name, 'closed_parent', 'closed')))[what]
     folder.mkdir(exist_ok=True)
     folder.chmod(0o555)
-    changed = {'out_dir': dict(out_dir=run.name, resume=True), 'its parent': dict(out_dir='closed_parent/x'),
-               'data_dir': dict(out_dir='never', data_dir='closed_data')}[what]
+    changed = {'out_dir': dict(out_dir=run.name, resume=True),
+               'its parent': dict(out_dir='closed_parent/x'),
+               'data_dir': dict(out_dir='never', data_dir='closed')}[what]
     try:
-        before = {path: content for path, content in snapshot(place).items() if path.endswith('.pt')}
+        before = snapshot(folder)
         error = error_of(forks.run(place, 'train.py', *options(**changed), unprivileged=True))
         assert 'ermission' in error and folder.name in error, error
-        assert before == {path: content for path, content in snapshot(place).items() if path in before}
+        assert {name: snapshot(folder)[name] for name in before if name.endswith('.pt')} == {
+            name: content for name, content in before.items() if name.endswith('.pt')}
     finally:
         folder.chmod(0o755)
     if what == 'out_dir':
@@ -457,7 +466,7 @@ def test_what_is_not_finite_never_reaches_the_weights(place, monkeypatch, what, 
         calls.append(logps.requires_grad)
         if sum(calls) == 6 and calls[-1]:                  # the sixth step's only micro-batch
             zero = (logps.sum(1) - logps.sum(1).detach()).abs()
-            bad = dict(gradient=zero.sqrt(), loss=zero / zero, infinity=1 / zero)[what]    # sqrt'(0)
+            bad = dict(gradient=zero.sqrt(), loss=zero / zero, infinity=1 / zero)[what]  # sqrt'(0)
             losses = torch.cat([losses[:2], (losses + bad)[2:3], losses[3:]])
         return losses, *rewards
     monkeypatch.setattr(train, 'apply_loss', apply_loss)
@@ -469,10 +478,10 @@ def test_what_is_not_finite_never_reaches_the_weights(place, monkeypatch, what, 
     step = pairs.table['id'][train.step_rows(5, pairs.train, cfg)].tolist()
     assert re.match(f'step 5: {says}', message) and 'no update was applied' in message
     named = json.loads(re.search(r'\[.*\]', message)[0])
-    assert sorted(named) == sorted(step) if what == 'gradient' else len(named) == 1 and named[0] in step
+    assert set(named) <= set(step) and len(named) == (8 if what == 'gradient' else 1)
     assert load_checkpoint(f'{run}/ckpt.pt')['step'] == 3
     assert steps_of(read_lines(f'{run}/log.jsonl'))[-1] == (4, False)
-    train.train(config(out_dir=run, eval_interval=3, tokens_per_batch=2048, resume=True))    # mended
+    train.train(config(out_dir=run, eval_interval=3, tokens_per_batch=2048, resume=True))
     train.train(config(out_dir=f'{run}_plain', eval_interval=3, tokens_per_batch=2048))
     assert_same_run(run, f'{run}_plain')
 
@@ -486,8 +495,8 @@ def test_a_model_that_is_not_finite_stops_at_once(place, tmp_path, loss, val_fra
     weights.save(model, tmp_path / 'base')
     run = tmp_path / 'run'
     with pytest.raises(InputError, match=says):
-        train.train(config(init_from=tmp_path / 'base', out_dir=run, loss=loss, val_fraction=val_fraction,
-                           data_dir=tmp_path / 'data'))
+        train.train(config(init_from=tmp_path / 'base', out_dir=run, loss=loss,
+                           val_fraction=val_fraction, data_dir=tmp_path / 'data'))
     assert not (run / 'best.pt').exists() and len((run / 'log.jsonl').read_text().splitlines()) == 1
 
 
@@ -499,23 +508,6 @@ def test_a_machine_without_git(place, monkeypatch):
 
 # --------------------------------------------------------------------------------------------------
 # Damaged files: an error of one line, and nothing is changed
-
-
-def damaged(content, rng):
-    """Bytes of which one is changed, some are lost, doubled or overwritten, or the end is cut off."""
-    content, at, size = bytearray(content), rng.randrange(len(content)), rng.randint(1, 40)
-    kind = rng.randrange(5)
-    if kind == 0:
-        content[at] ^= 1 << rng.randrange(8)
-    elif kind == 1:
-        del content[at:]
-    elif kind == 2:
-        del content[at:at + size]
-    elif kind == 3:
-        content[at:at] = content[at:at + size]
-    else:
-        content[at:at + size] = rng.randbytes(size)
-    return bytes(content)
 
 
 def refused(action, *says):
@@ -538,7 +530,8 @@ def test_no_run_goes_on_from_a_damaged_checkpoint(half, spoil, tmp_path):
     before = snapshot(run)
     refused(lambda: train.train(config(out_dir=run, resume=True)), str(run / 'ckpt.pt'))
     refused(lambda: train.train(config(out_dir=run, eval_only=True)), str(run / 'ckpt.pt'))
-    refused(lambda: train.train(config(out_dir=tmp_path / 'new', init_from=run)), str(run / 'ckpt.pt'))
+    refused(lambda: train.train(config(out_dir=tmp_path / 'new', init_from=run)),
+            str(run / 'ckpt.pt'))
     assert snapshot(run) == before and not (tmp_path / 'new').exists()
 
 
