@@ -12,7 +12,7 @@ and any data set of the hub. The shapes of records, told apart by their keys:
     {"chosen": "\\n\\nHuman: ...", "rejected": ...}             transcripts: they share the prompt
     {"chosen": [{"role": ..., "content": ...}], ...}            chats, with or without "prompt"
     {"messages" or "conversations": [...], "chosen": ..., ...}  chats; ShareGPT's from/value, too
-    {"instruction" or "question": "...", "input": "...", ...}   one user turn; Alpaca
+    {"instruction" or "question": "...", ...}                   a user turn; "input", "system"
     {..., "response_j": "...", "response_k": "..."}             for chosen and rejected
     {..., "output_1": ..., "output_2": ..., "preference": 1}    AlpacaEval; p = 2 - preference
     {"prompt": "...", "responses": ["best", ..., "worst"]}      a ranking, or sorted by "scores"
@@ -204,7 +204,8 @@ def read_record(record, template='', label_from_scores=False):
         prompt = chat_of(prompt, 'prompt')
     elif prompt is None and single is not None:
         text = text_of(single, 'instruction') + (f'\n{r["input"]}' if r.get('input') else '')
-        prompt = [dict(role='user', content=text)]
+        prompt = [dict(role='system', content=r['system'])] if r.get('system') else []
+        prompt.append(dict(role='user', content=text))
     elif prompt is not None and template == 'chat' and texts:
         prompt = [dict(role='user', content=text_of(prompt, 'prompt'))]
     if not keyed or (prompt is None and len(keyed) != 2):
@@ -471,7 +472,7 @@ def in_parallel(chunks, cfg):
             break
     for chunk in itertools.islice(chunks, 1):              # more than one: worth starting processes
         fork = multiprocessing.get_context('fork' if sys.platform == 'linux' else 'spawn')
-        with fork.Pool(len(os.sched_getaffinity(0)), initializer=leave_signals) as pool:
+        with fork.Pool(initializer=leave_signals) as pool:
             work = functools.partial(encode_chunk, cfg=cfg, K=K)
             yield from pool.imap(work, itertools.chain([chunk], chunks))
 

@@ -82,12 +82,12 @@ class Tokenizer:
         """Text -> (n,) ids. What spells a special token, '<|endoftext|>' say, is ordinary text."""
         if self.encoding is not None:
             return self.encoding.encode_to_numpy(text, disallowed_special=())
-        return self.hf_ids(text, as_text=True)
+        return np.array(self.hf_encode(text, as_text=True).ids, dtype=np.uint32)
 
-    def hf_ids(self, text, as_text):
+    def hf_encode(self, text, as_text):
         text.encode()                    # raises UnicodeEncodeError, as tiktoken does
         self.hf.encode_special_tokens = as_text
-        return np.array(self.hf.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+        return self.hf.encode(text, add_special_tokens=False)
 
     def decode(self, ids):
         if self.encoding is not None:
@@ -115,14 +115,12 @@ class Tokenizer:
 
     def encode_rendered(self, text):
         """Text of the template -> (n,) ids: its special tokens are tokens, those of messages are
-        text. Where there are such, a tokenizer that opens a text with a space (Llama 2's) reads one
-        after every special token."""
-        if MARK in text:
-            parts = re.split(f'({self.special_words.pattern})', text)
-            return np.concatenate([
-                np.array([self.special[part]], dtype=np.uint32) if part in self.special
-                else self.encode(part.replace(MARK, '')) for part in parts if part])
-        return self.hf_ids(text, as_text=False)
+        text."""
+        encoded = self.hf_encode(text, as_text=False)
+        ids = np.array(encoded.ids, dtype=np.uint32)
+        if MARK in text:                 # the marks broke the words of messages up; now they go
+            ids = ids[[text[start:end] != MARK for start, end in encoded.offsets]]
+        return ids
 
 
 def plain_chat(messages):

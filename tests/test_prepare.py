@@ -756,3 +756,10 @@ def test_real_transcripts_are_split_after_their_common_turns():
         assert ('transcripts that differ before their last turn' in notes) == (len(before) > 1)
         early += len(before) > 1
     assert early > 0
+
+
+def test_a_system_turn_of_a_single_question():
+    record = dict(system='Be brief.', question='Q', chosen='A', rejected='B')
+    prompt, responses, _, _ = read_record(record)
+    assert prompt == [dict(role='system', content='Be brief.'), dict(role='user', content='Q')]
+    assert responses == [[dict(role='assistant', content=text)] for text in 'AB']

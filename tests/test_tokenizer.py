@@ -236,10 +236,9 @@ def test_a_message_that_spells_a_special_token_is_text(name, family):
     ids, written = encode(spelled)
     plain, _ = encode('word')
     assert [i for i in ids if i in special] == [i for i in plain if i in special]
-    decoded = tokenizer.decode(ids)
-    if name in ('llama2', 'llama2 as it was', 'mistral'):    # a space after special tokens
-        decoded, written = (re.sub(r'(<s>|\[/INST\]) ', r'\1', t) for t in (decoded, written))
-    assert decoded == written
+    if name == 'llama2 as it was':       # it reads a space after every special token
+        written = written.replace('<s>[', '<s> [')
+    assert tokenizer.decode(ids) == written
     text = tokenizer.encode(spelled)
     assert tokenizer.decode(text) == spelled and not special & set(text.tolist())
 
