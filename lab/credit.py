@@ -58,36 +58,34 @@ def spans_of(tokens, credit, tokenizer):
     return spans
 
 
-def colour(c, most):
-    """-> (r, g, b): white at 0, green at `most`, red at -most."""
-    full, strength = (70, 190, 90) if c > 0 else (235, 80, 80), abs(c) / most if most else 0.0
-    return tuple(round(255 + strength * (x - 255)) for x in full)
+def colours(spans):
+    """-> (r, g, b) of each span: white at 0, green or red at the largest credit of all."""
+    most = max(abs(c) for _, c in spans) or 1.0
+    for _, c in spans:
+        full = (70, 190, 90) if c > 0 else (235, 80, 80)
+        yield tuple(round(255 + abs(c) / most * (x - 255)) for x in full)
 
 
-def terminal(spans, colours):
+def terminal(spans):
     if not sys.stdout.isatty() and 'FORCE_COLOR' not in os.environ:
         return ' '.join(f'{text!r}{c:+.3f}' for text, c in spans)
     marked = ['\x1b[30;48;2;{};{};{}m{}'.format(*rgb, text)
-              for (text, _), rgb in zip(spans, colours)]
+              for (text, _), rgb in zip(spans, colours(spans))]
     return ''.join(marked) + '\x1b[0m'
 
 
-def page(title, beta, prompt, spans, colours, total):
+def page(title, beta, prompt, spans):
     marked = ''.join(
         f'<span style="background:rgb{rgb}" title="{c:+.4f}">{html.escape(text)}</span>'
-        for (text, c), rgb in zip(spans, colours))
+        for (text, c), rgb in zip(spans, colours(spans)))
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>credit</title>
-<style>
-body {{ font: 16px/1.6 serif; max-width: 50em; margin: 2em auto; color: #000; background: #fff }}
-pre {{ font: inherit; white-space: pre-wrap }}
-</style>
+<style>pre {{ font: 16px/1.6 serif; max-width: 50em; white-space: pre-wrap; color: #000 }}</style>
 <h1>{html.escape(title)}</h1>
 <p>Each token's share of the implicit reward, {beta:g} log &pi;/&pi;<sub>ref</sub>: green earns, red
 costs; point at one to see its number.</p>
-<pre>{html.escape(prompt)}</pre>
-<pre>{marked}</pre>
-<p>implicit reward {total:+.3f}</p>
+<pre>{html.escape(prompt)}{marked}</pre>
+<p>implicit reward {sum(c for _, c in spans):+.3f}</p>
 </html>
 """
 
@@ -113,13 +111,11 @@ def main(argv):
                           seed=o.seed)[0]
     credit = token_credit(policy, reference.to(device), ids, tokens, beta)
     spans = spans_of([int(t) for t in tokens], credit, tokenizer)
-    most = max(abs(c) for _, c in spans)
-    colours = [colour(c, most) for _, c in spans]
     print(f'{prompt}    [implicit reward {sum(credit):+.3f}]')
-    print(terminal(spans, colours))
+    print(terminal(spans))
     title = f'{name} against {o.compare or cfg.reference_from or cfg.init_from}'
     with atomic_write(o.out) as f:
-        f.write(page(title, beta, prompt, spans, colours, sum(credit)))
+        f.write(page(title, beta, prompt, spans))
     print(f'-> {o.out}')
 
 

@@ -25,7 +25,7 @@ import numpy as np
 import train
 from configurator import InputError, atomic_write
 from lab import optimum
-from sample import generate, text_and_end
+from sample import encode_prompt, generate, text_and_end
 from tokenizer import get_tokenizer
 from weights import load
 
@@ -100,7 +100,7 @@ class World:
         """One response, as token ids, to each prompt."""
         tokenizer, out = get_tokenizer(self.tokenizer), []
         for i in range(0, len(prompts), rows):
-            ids = [tokenizer.encode(p).tolist() for p in prompts[i:i + rows]]
+            ids = [encode_prompt(p, tokenizer) for p in prompts[i:i + rows]]
             out += generate(model, ids, self.max_new_tokens, tokenizer.ends, seed=seed + i)
         return out
 

@@ -152,12 +152,9 @@ def encode(prompt, responses, tokenizer, cfg):
 def sum_logps(model, pairs, cfg):
     """log pi(y|x), or a reward model's r(x, y), of [(prompt, [response]), ...]: (N, 1)."""
     sums = torch.zeros(len(pairs), 1)
-    with train.progress('judging', len(pairs)) as bar:
-        for i in range(0, len(pairs), 256):
-            rows = np.arange(i, min(i + 256, len(pairs)))
-            for members, batch in train.batches(pairs, rows, 1, cfg):
-                sums[members] = batch.sum_by_response(model.token_logps(batch)).cpu()
-                bar.update(len(members))
+    for i in range(0, len(pairs), 256):
+        for rows, batch in train.batches(pairs, np.arange(i, min(i + 256, len(pairs))), 1, cfg):
+            sums[rows] = batch.sum_by_response(model.token_logps(batch)).cpu()
     return sums
 
 
@@ -177,8 +174,12 @@ def best(responses, scores, rng):
 
 
 def reject(responses, scores, rng, beta=1.0):
-    """The first that rejection sampling accepts: one response, or easy prompts would count more."""
-    return [responses[accept(scores, beta, rng).argmax()]], 1.0
+    """Rejection sampling (Liu et al. 2023, arXiv:2309.06657): samples of pi_ref that are accepted
+    with probability exp((r - max r)/beta) are samples of pi_ref exp(r/beta)/Z. Here max r is the
+    largest of these n, so few samples tilt too little. The first accepted one is taken: with all
+    of them, easy prompts would count more."""
+    accepted = rng.random(len(scores)) < np.exp((scores - scores.max()) / beta)
+    return [responses[accepted.argmax()]], 1.0
 
 
 def rank(responses, scores, rng, labels='best'):
@@ -196,24 +197,14 @@ def rank(responses, scores, rng, labels='best'):
 
 
 def sigmoid(x):
-    return float(1 / (1 + np.exp(-np.clip(x, -700, 700))))
-
-
-def accept(scores, beta, rng):
-    """Rejection sampling (Liu et al. 2023, arXiv:2309.06657): which of n samples of pi_ref to keep,
-    each with probability exp((r - max r) / beta), to have samples of pi_ref exp(r/beta)/Z.
-
-    That is exact where max r is the largest reward of all; here it is the largest of these n, so
-    few samples tilt too little."""
-    return rng.random(len(scores)) < np.exp((scores - scores.max()) / beta)
+    return float(np.exp(-np.logaddexp(0, -x)))
 
 
 def as_record(prompt, responses, p=1.0):
     """A record of a shape that prepare.py knows."""
-    record = dict(prompt=prompt, responses=responses)
-    if len(responses) <= 2:
-        record = dict(prompt=prompt) | dict(zip(('chosen', 'rejected'), responses))
-    return record | (dict(p=p) if p != 1 else {})
+    pair = dict(zip(('chosen', 'rejected'), responses))
+    texts = pair if len(responses) <= 2 else dict(responses=responses)
+    return dict(prompt=prompt) | texts | (dict(p=p) if p != 1 else {})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -224,7 +215,7 @@ VERBS = dict(label=label, best=best, reject=reject, rank=rank)
 
 @dataclass
 class Options:                 # and those of the verb: its function's last parameters
-    out: str = ''              # a .jsonl file; empty: FILE's name with the verb in it
+    out: str = ''              # empty: FILE's name with the verb, in the current folder
     seed: int = 1337
     device: str = ''           # empty: cuda where there is one, else cpu
 
@@ -237,7 +228,7 @@ def verb_options(verb):
 def read_texts(stream, grouped=False):
     """Records or completions -> [(prompt, responses), ...]; `grouped`: one entry for each prompt.
     A prompt is text or messages. Completions that did not come to their end are left out."""
-    entries, groups, models, unfinished = [], {}, set(), 0
+    entries, models, unfinished = {}, set(), 0
     for where, raw in stream:
         try:
             record = parse(raw)
@@ -256,26 +247,23 @@ def read_texts(stream, grouped=False):
         # a chat's response is a list of messages, mostly of one
         texts = [r if isinstance(r, str) or len(r) > 1 else r[0]['content'] for r in responses]
         key = json.dumps(prompt) if grouped else len(entries)
-        if key not in groups:
-            groups[key] = []
-            entries.append((prompt, groups[key]))
-        groups[key] += texts
+        entries.setdefault(key, (prompt, []))[1].extend(texts)
     if unfinished:
         print(f'{unfinished:,} completions without an end, or blank, left out')
     if not entries:
         raise InputError('there is no record to judge')
-    return entries
+    return list(entries.values())
 
 
 def summary(scores):
     """Mean and deviation; for records of several responses, how often the first beats the last."""
     every = np.concatenate(scores)
     text = f'{len(every):,} responses, scores {every.mean():+.4f} +- {every.std():.4f} (deviation)'
-    pairs = np.array([(each[0], each[-1]) for each in scores if len(each) > 1])     # (n, 2)
-    if len(pairs):
-        right = ((pairs[:, 0] > pairs[:, 1]) + 0.5 * (pairs[:, 0] == pairs[:, 1])).mean()
-        error = np.sqrt(right * (1 - right) / len(pairs))
-        text += f'; chosen above rejected in {right:.1%} +- {error:.1%} of {len(pairs):,} pairs'
+    margins = np.array([each[0] - each[-1] for each in scores if len(each) > 1])
+    if len(margins):
+        right = ((margins > 0) + 0.5 * (margins == 0)).mean()
+        error = np.sqrt(right * (1 - right) / len(margins))
+        text += f'; chosen above rejected in {right:.1%} +- {error:.1%} of {len(margins):,} pairs'
     return text
 
 
@@ -289,15 +277,14 @@ def main(argv):
         raise InputError(f'beta: {o.options["beta"]} is not above 0')
     if o.options.get('labels', 'best') not in LABELS:
         raise InputError(f'labels: {o.options["labels"]!r} is not one of {", ".join(LABELS)}')
-    folder, file = os.path.split(path) if os.path.exists(path) else ('', os.path.basename(path))
-    out = o.out or os.path.join(folder, f'{file.split(".")[0]}-{verb}.jsonl')
+    out = o.out or f'{os.path.basename(path).split(".")[0]}-{verb}.jsonl'
     judge, rng = load_judge(names, o.device), np.random.default_rng(o.seed)
     entries = read_texts(read_source(path), grouped=verb not in ('score', 'label'))
     scores, records = judge(*zip(*entries)), []
     for (prompt, responses), each in zip(entries, scores):
         if verb == 'score':
             records.append(dict(prompt=prompt, responses=responses, scores=each.tolist()))
-        elif (found := VERBS[verb](responses, each, rng, **o.options)) is not None:
+        elif found := VERBS[verb](responses, each, rng, **o.options):
             records.append(as_record(prompt, *found))
     with atomic_write(out) as f:
         f.writelines(json.dumps(record) + '\n' for record in records)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from model import pack
+from sample import encode_prompt
 from tokenizer import get_tokenizer
 
 
@@ -81,10 +82,10 @@ def place(policy, reference, rewards, world, samples=128, seed=7):
     repeated = [p for p in prompts for _ in range(samples)]
     responses = world.sample(policy, repeated, seed + 1)
     ours = rewards_of(responses, prompts, world)
-    encode, ratio = get_tokenizer(world.tokenizer).encode, []
+    tokenizer, ratio = get_tokenizer(world.tokenizer), []
     for i in range(0, len(responses), 256):
         some = zip(repeated[i:i + 256], responses[i:i + 256])
-        batch = pack([(encode(p), [t]) for p, t in some]).to(policy.device)
+        batch = pack([(encode_prompt(p, tokenizer), [t]) for p, t in some]).to(policy.device)
         logps = [batch.sum_by_response(m.token_logps(batch)) for m in (policy, reference)]
         ratio.append((logps[0] - logps[1])[:, 0].double().cpu().numpy())
     ratio = np.concatenate(ratio).reshape(len(prompts), -1)                     # (prompts, samples)

@@ -15,7 +15,8 @@ As many pairs in one, two and three rounds:
 
 A config has the settings of RoundsConfig beside train.py's; of its dataset only the prompts matter.
 The reference stays the base model. So with labels 'sample' or 'soft' the optimum stays
-pi_ref exp(r/beta)/Z in all rounds; with 'best' only beta limits how far the policy moves.
+pi_ref exp(r/beta)/Z in all rounds; with 'best' only beta limits how far the policy moves. Under
+loss = 'sft' and labels = 'best', rounds train on the best of n.
 Round k is the run out_dir/round-k, trained on out_dir/round-k.jsonl.
 Left out: several processes, completions of several policies in one pair, PPO.
 """
@@ -40,7 +41,7 @@ class RoundsConfig(train.Config):
     rounds: int = 3
     judge: str = 'gold'        # see lab/judge.py
     labels: str = 'sample'     # best, sample or soft: see `rank` in lab/judge.py
-    completions: int = 2       # responses to a prompt; more than 2 for objectives on rankings
+    completions: int = 2       # responses to a prompt
     round_pairs: int = 2000    # prompts of a round, each with its completions
 
 
@@ -51,10 +52,6 @@ def load_config(argv):
             raise InputError(f'{name}: {getattr(cfg, name)} is less than {low}')
     if cfg.labels not in LABELS:
         raise InputError(f'labels: {cfg.labels!r} is not one of {", ".join(LABELS)}')
-    if not train.compares(cfg):
-        raise InputError(f'loss: {cfg.loss!r} compares no responses')
-    if cfg.labels == 'soft' and 'p' not in train.signature_of(cfg):
-        raise InputError(f"labels: 'soft' are probabilities, and loss = {cfg.loss!r} ignores them")
     if cfg.completions > 2 and cfg.labels != 'soft' and train.asks_for(cfg, 'rejected'):
         raise InputError(f'completions: {cfg.completions} make rankings, and loss = {cfg.loss!r} '
                          "compares two responses; labels = 'soft' takes the best and the worst")
@@ -106,14 +103,12 @@ def train_rounds(cfg):
     cfg.truncation = 'cut'               # sampled responses fit
     judge = load_judge(cfg.judge, cfg.device)
     entries = read_texts((where, raw) for _, where, raw in records_of(cfg))
-    base, newest, settings = cfg.reference_from or cfg.init_from, cfg.init_from, {}
-    for field in fields(train.Config):
-        settings[field.name] = getattr(cfg, field.name)
+    settings = {field.name: getattr(cfg, field.name) for field in fields(train.Config)}
+    base, newest = cfg.reference_from or cfg.init_from, cfg.init_from
     for k in range(1, cfg.rounds + 1):
         folder, seed = os.path.join(cfg.out_dir, f'round-{k}'), cfg.seed + k
         path = folder + '.jsonl'
-        drawn = os.path.exists(path)
-        if not drawn:
+        if not os.path.exists(path):
             train.say(f'round {k} of {cfg.rounds}: {cfg.completions} responses of {newest} to '
                       f'{cfg.round_pairs:,} prompts, labelled by {cfg.judge}')
             records = draw_round(load(newest).to(cfg.device), entries, judge, cfg, seed)
@@ -124,7 +119,7 @@ def train_rounds(cfg):
         config = train.Config(**settings | dict(
             dataset=path, split='', convert=None, out_dir=folder, init_from=newest, seed=seed,
             reference_from=base if other else '', overwrite=True, at_end=None,
-            resume=drawn and os.path.exists(os.path.join(folder, 'ckpt.pt'))))
+            resume=os.path.exists(os.path.join(folder, 'ckpt.pt'))))
         config.options = cfg.options
         metrics, newest = train.train(config), folder
     if cfg.at_end is not None:
