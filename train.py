@@ -14,6 +14,7 @@ import contextlib
 import copy
 import ctypes
 import functools
+import glob
 import hashlib
 import inspect
 import json
@@ -110,7 +111,11 @@ def signature_of(cfg):
 
 def loss_options(cfg):
     """The objective's options with their defaults."""
-    return {name: p.default for name, p in signature_of(cfg).items() if name not in SUPPLIED}
+    options = {name: p.default for name, p in signature_of(cfg).items() if name not in SUPPLIED}
+    for name, default in options.items():
+        if default is inspect.Parameter.empty:
+            raise InputError(f'loss: its parameter {name!r} is neither supplied nor has a default')
+    return options
 
 
 def asks_for(cfg, *words):
@@ -531,6 +536,8 @@ def open_log(cfg, log_bytes):
         for name in ('ckpt.pt', 'best.pt', 'log.jsonl', 'eval.jsonl', 'samples.jsonl'):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(cfg.out_dir, name))
+    for path in glob.glob(os.path.join(glob.escape(cfg.out_dir), '*.tmp')):
+        os.remove(path)                  # of a run that was killed while it saved
     log = open(os.path.join(cfg.out_dir, 'log.jsonl'), 'ab', buffering=0)
     log.truncate(log_bytes)
     log.seek(log_bytes)                  # where tell() counts from until the first line
@@ -607,7 +614,7 @@ def check_finite(step, loss, grad_norm, losses_of, pairs):
         bad = [rows[~losses.isfinite().cpu().numpy()] for rows, losses in losses_of]
         bad = np.concatenate(bad if any(map(len, bad)) else [rows for rows, _ in losses_of])
         raise InputError(f'step {step}: loss {loss}, gradient norm {grad_norm}; no update was '
-                         'applied, ckpt.pt is good; pairs (numbers in the source): '
+                         'applied, ckpt.pt is from before; pairs (numbers in the source): '
                          f'{pairs.table["id"][bad].tolist()}')
 
 

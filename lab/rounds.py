@@ -62,20 +62,19 @@ def load_config(argv):
 
 def draw_round(policy, entries, judge, cfg, seed):
     """cfg.round_pairs records: responses of the policy, ranked by the judge, to prompts drawn from
-    the data set's entries. What is unfinished, too long or twice the same is drawn again."""
+    the data set's entries. What is unfinished, blank or twice the same is drawn again."""
     tokenizer, rng, records = get_tokenizer(cfg.tokenizer), np.random.default_rng(seed), []
-    o = sample.Options(n=cfg.completions, max_new_tokens=cfg.max_length, batch_size=128)
+    o = sample.Options(n=cfg.completions, batch_size=128)
     for _ in range(20):
         o.seed = int(rng.integers(2**31))
         drawn = rng.integers(len(entries), size=cfg.round_pairs - len(records))
         drawn = [entries[i] for i in drawn]
         ids = [encode(prompt, responses[:1], tokenizer, cfg)[0][0].tolist()
                for prompt, responses in drawn]
+        o.max_new_tokens = cfg.max_length - max(map(len, ids))
         prompts, texts = [], []
-        completions = sample.complete(policy, ids, o, tokenizer)
-        for (prompt, _), start, responses in zip(drawn, ids, completions):
-            pairs = [sample.text_and_end(tokens, tokenizer) for tokens in responses
-                     if len(start) + len(tokens) <= cfg.max_length]
+        for (prompt, _), responses in zip(drawn, sample.complete(policy, ids, o, tokenizer)):
+            pairs = [sample.text_and_end(tokens, tokenizer) for tokens in responses]
             distinct = list(dict.fromkeys(text for text, ended in pairs if ended and text.strip()))
             if len(distinct) == cfg.completions:
                 prompts.append(prompt)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import sample
 import train
 from configurator import InputError
 from conftest import randomise
@@ -23,7 +24,7 @@ from lab.judge import load_judge, rank
 from lab.reward import RewardModel, reward_loss
 from model import GPT, GPTConfig, bias_of, pack
 from prepare import Pairs, prepare
-from tokenizer import get_tokenizer
+from tokenizer import ASSISTANT, get_tokenizer, plain_chat
 from weights import load, load_checkpoint, save
 
 WORDS = 'good fine nice bad poor grim tree road'.split()
@@ -320,8 +321,15 @@ def round_config(config, files, write):
 
 @pytest.mark.parametrize('loss, completions, chat', [
     ('dpo', 2, False), ('plackett_luce', 3, False), ('simpo', 2, True), ('sft', 3, True)])
-def test_rounds_sample_label_and_train(round_config, write, tmp_path, loss, completions, chat):
+def test_rounds_sample_label_and_train(
+        round_config, write, tmp_path, monkeypatch, loss, completions, chat):
     changed, messages = dict(loss=loss, completions=completions, labels='best'), []
+    generate, answered = sample.generate, []
+
+    def noted(model, prompts, *more):
+        answered.extend(bytes(ids).decode() for ids in prompts)
+        return generate(model, prompts, *more)
+    monkeypatch.setattr(sample, 'generate', noted)
     if loss == 'dpo':                                          # responses of 1 to 5 tokens
         changed |= dict(max_length=9, max_prompt_length=3)
     if chat:
@@ -337,6 +345,8 @@ def test_rounds_sample_label_and_train(round_config, write, tmp_path, loss, comp
             assert len(set(responses)) == completions and set(''.join(responses)) <= set('ab')
             assert sorted(responses, key=len) == responses     # as the judge says
             assert loss != 'dpo' or len(r['prompt']) + max(map(len, responses)) + 1 <= 9
+        texts = [plain_chat(r['prompt']) + ASSISTANT if chat else r['prompt'] for r in records]
+        assert set(texts) <= set(answered)                     # prompts with nothing cut off
     first, second = (load_checkpoint(run / f'round-{k}' / 'ckpt.pt') for k in (1, 2))
     assert first['reference'] == second['reference']           # the reference stays,
     assert second['config']['init_from'] == str(run / 'round-1')       # and the policy goes on
