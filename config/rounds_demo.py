@@ -6,8 +6,8 @@
 #   python -m lab.rounds config/rounds_demo.py --judge=mine.py:kindness   # yours
 #
 # Data: the prompts of config/sft_demo.py's reviews, no download. Expect two to three minutes on two
-# cores where the base model is there, and nine tenths of the gain that the optimum has at the
-# policy's KL, as much as one round reaches with as many pairs.
+# cores where the base model is there, and close to nine tenths of the gain that the optimum has at
+# the policy's KL: no more than one round reaches with as many pairs.
 from lab import films
 
 out_dir = 'out/rounds_demo'

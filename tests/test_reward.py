@@ -356,11 +356,13 @@ def test_rounds_sample_label_and_train(
         rounds.train_rounds(round_config(**changed))
     times = [path.stat().st_mtime_ns for path in sorted(run.glob('round-*.jsonl'))]
     (run / 'round-2' / 'ckpt.pt').unlink()                     # as if interrupted in the second
+    log = (run / 'round-1' / 'log.jsonl').read_text()
     rounds.train_rounds(round_config(**changed, resume=True))
     assert [path.stat().st_mtime_ns for path in sorted(run.glob('round-*.jsonl'))] == times
     for k, before in ((1, first), (2, second)):
         after = load_checkpoint(run / f'round-{k}' / 'ckpt.pt')['model']
         assert all(torch.equal(t, after[name]) for name, t in before['model'].items())
+    assert (run / 'round-1' / 'log.jsonl').read_text() == log  # not trained again: speeds differ
     rounds.train_rounds(round_config(**changed, overwrite=True, rounds=1))    # draws anew
     assert (run / 'round-1.jsonl').stat().st_mtime_ns != times[0]
     assert not (run / 'round-2.jsonl').exists()
