@@ -199,8 +199,7 @@ def read_prompts(o, name, tokenizer):
 
 def complete(model, prompts, o, tokenizer):
     """Token ids of prompts -> for each its o.n completions, lists of token ids."""
-    completions = [[] for _ in prompts]
-    room = max(1, model.config.block_size - o.max_new_tokens)
+    completions, room = [[] for _ in prompts], model.config.block_size - 1
     for k in range(o.n):         # what a prompt gets does not depend on n
         for i in range(0, len(prompts), o.batch_size):
             some = [p[-room:] for p in prompts[i:i + o.batch_size]]
@@ -220,7 +219,8 @@ def text_and_end(tokens, tokenizer):
 
 def chat(model, o, tokenizer):
     print('your turn; an empty line ends')
-    turns, room = [], max(1, model.config.block_size - o.max_new_tokens)
+    context = model.config.block_size
+    turns, room = [], max(context // 2, context - o.max_new_tokens)
     while text := sys.stdin.readline().strip():
         turns.append(dict(role='user', content=text))
         ids = tokenizer.encode_turns(turns).tolist()[-room:]

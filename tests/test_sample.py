@@ -343,3 +343,17 @@ def test_bad_options_are_one_line_and_write_nothing(options, says, models, monke
     message = str(caught.value)
     assert says in message and '\n' not in message and len(message) < 500
     assert (tmp_path / 'out.jsonl').read_text() == 'before' and len(os.listdir(tmp_path)) == 7
+
+
+def test_a_prompt_is_read_whole_where_the_answer_may_fill_the_context(models, monkeypatch, capsys):
+    """max_new_tokens as large as the context takes nothing from the prompt."""
+    monkeypatch.chdir(models)
+    prompts = []
+
+    def keep(model, ids, *options):
+        prompts.extend(ids)
+        return generate(model, ids, *options)
+    monkeypatch.setattr(sample, 'generate', keep)
+    sample.main(['a', '--prompt=hello there', '--tokenizer=byte', '--device=cpu',
+                 '--max_new_tokens=1000', '--temperature=0'])
+    assert prompts == [list(b'hello there')]
