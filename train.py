@@ -128,9 +128,9 @@ def compares(cfg):
     return asks_for(cfg, 'rejected', 'policy_logps')
 
 
-def load_config(argv):
+def load_config(argv, cls=Config):
     """[CONFIG] [--name=value ...] -> a Config whose values are in range. Raises InputError."""
-    cfg = configure(Config, argv, loss_options)
+    cfg = configure(cls, argv, loss_options)
     at_least_0 = ('epochs max_iters warmup_iters learning_rate min_lr weight_decay grad_clip '
                   'eval_pairs eval_samples tokens_per_batch seed')
     for names, low in {'batch_size eval_interval log_interval': 1, at_least_0: 0}.items():

@@ -29,7 +29,7 @@ import numpy as np
 
 import sample
 import train
-from configurator import InputError, atomic_write, configure, run
+from configurator import InputError, atomic_write, run
 from lab.judge import LABELS, as_record, encode, load_judge, rank, read_texts
 from prepare import records_of
 from tokenizer import get_tokenizer
@@ -46,7 +46,7 @@ class RoundsConfig(train.Config):
 
 
 def load_config(argv):
-    cfg = configure(RoundsConfig, argv, train.loss_options)
+    cfg = train.load_config(argv, RoundsConfig)
     for name, low in dict(rounds=1, completions=2, round_pairs=1).items():
         if getattr(cfg, name) < low:
             raise InputError(f'{name}: {getattr(cfg, name)} is less than {low}')
