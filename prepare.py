@@ -77,15 +77,13 @@ class Data:
 
 
 # --------------------------------------------------------------------------------------------------
-# Tokenizers and chat templates
-
-
-# --------------------------------------------------------------------------------------------------
 # Records: any shape -> (prompt, [best response, ..., worst], numbers, notes)
 
-ROLES = dict(user='user', human='user', assistant='assistant', gpt='assistant', system='system')
 SHAPES = ('prompt, chosen, rejected; chosen, rejected; messages or conversations; instruction or '
           'question; response_j, response_k; output_1, output_2, preference; prompt, responses')
+SYNONYMS = dict(conversations='messages', question='instruction', response_j='chosen',
+                response_k='rejected', score_chosen='chosen_score', score_rejected='rejected_score')
+ROLES = dict(user='user', human='user', assistant='assistant', gpt='assistant', system='system')
 
 
 def text_of(value, key):
@@ -96,16 +94,16 @@ def text_of(value, key):
     return value
 
 
-def number_of(record, key, low=-3e38, high=3e38):
-    """record[key] as a float; text of a number, as in CSV, will do."""
+def number_of(value, key, low=-3e38, high=3e38):
+    """A float; the text of a number, as in CSV, will do."""
     try:
-        value = float(record[key])
+        number = float(value)
     except (TypeError, ValueError, OverflowError):
-        value = math.nan
-    if not low <= value <= high:
+        number = math.nan
+    if not low <= number <= high:
         allowed = f' from {low:g} to {high:g}' if high < 3e38 else ''
-        raise InputError(f'{key!r} is {brief(record[key])}, not a number{allowed}')
-    return value
+        raise InputError(f'{key!r} is {brief(value)}, not a number{allowed}')
+    return number
 
 
 def chat_of(value, key):
@@ -113,17 +111,31 @@ def chat_of(value, key):
     if isinstance(value, str):
         return [dict(role='assistant', content=text_of(value, key))]
     messages = []
-    if value == []:
-        raise InputError(f'{key!r} is a list without a message')
     for m in value if isinstance(value, list) else [value]:
-        role, content = None, None
-        if isinstance(m, dict):
-            role, content = m.get('role', m.get('from')), m.get('content', m.get('value'))
+        m = m if isinstance(m, dict) else {}
+        role, content = m.get('role', m.get('from')), m.get('content', m.get('value'))
         if role not in list(ROLES) or not isinstance(content, str):
             raise InputError(f'{key!r}: a message needs a role (system, user or assistant) and a '
                              f'content, not {brief(role)} and a {type(content).__name__}')
         messages.append(dict(role=ROLES[role], content=content))
+    if not messages:
+        raise InputError(f'{key!r} is a list without a message')
     return messages
+
+
+def responses_of(r):
+    """The responses of a record with their keys, best first: [(key, value), ...]"""
+    if 'responses' not in r:
+        return [(key, r[key]) for key in ('chosen', 'rejected') if key in r and 'chosen' in r]
+    responses, scores = r['responses'], r.get('scores')
+    if not isinstance(responses, list):
+        raise InputError(f"'responses' is {brief(responses)}, not a list, best first")
+    if scores is not None:
+        if not isinstance(scores, list) or len(scores) != len(responses):
+            raise InputError("'scores' needs a number for each of the 'responses'")
+        order = np.argsort([-number_of(score, 'scores') for score in scores], kind='stable')
+        responses = [responses[i] for i in order]
+    return [('responses', response) for response in responses]
 
 
 def split_transcripts(chosen, rejected):
@@ -132,12 +144,7 @@ def split_transcripts(chosen, rejected):
     at = chosen.rfind(ASSISTANT, 0, shared) + len(ASSISTANT)
     if at < len(ASSISTANT):
         raise InputError("no 'prompt', and 'chosen' and 'rejected' share no 'Assistant:'")
-    responses, notes = [chosen[at:], rejected[at:]], []
-    if any(turn in r for r in responses for turn in ('\n\nHuman:', ASSISTANT)):
-        notes.append('transcripts that differ before their last turn')
-    if not all(r.strip() for r in responses):
-        notes.append('transcripts with a blank last turn')                     # HH has a few
-    return chosen[:at], responses, notes
+    return chosen[:at], [chosen[at:], rejected[at:]]
 
 
 def is_whole_chat(response):
@@ -164,46 +171,34 @@ def split_chats(prompt, chats):
     return prompt, answers
 
 
-def responses_of(r):
-    """A record's responses by their keys, best first; and p where its preference says it."""
-    if 'responses' in r:
-        responses, scores = r['responses'], r.get('scores')
-        if not isinstance(responses, list) or not responses:
-            raise InputError(f"'responses' is {brief(responses)}, not a list, best first")
-        if scores is None:
-            return [('responses', response) for response in responses], None
-        if not isinstance(scores, list) or len(scores) != len(responses):
-            raise InputError("'scores' needs a number for each of the 'responses'")
-        scores = [number_of(dict(scores=score), 'scores') for score in scores]
-        order = np.argsort(-np.array(scores), kind='stable')
-        return [('responses', responses[i]) for i in order], None
-    if 'output_1' in r and 'output_2' in r and 'preference' in r:
-        p = 2 - number_of(r, 'preference', 1, 2)
-        outputs = [(key, r[key]) for key in ('output_1', 'output_2')]
-        return (outputs, p) if p >= 0.5 else (outputs[::-1], 1 - p)
-    names = ('response_j', 'response_k') if 'response_j' in r else ('chosen', 'rejected')
-    return [(name, r[name]) for name in names if name in r and names[0] in r], None
-
-
 def read_record(record, template='', label_from_scores=False):
-    """A record of any shape -> (prompt, responses, numbers, notes). Prompt and responses are
-    strings, or lists of messages. Raises InputError, which names the key that is missing, empty
-    or wrong."""
+    """A record of any shape -> (prompt, responses, numbers). Prompt and responses are strings, or
+    lists of messages. Raises InputError, which names the key that is missing, empty or wrong."""
     if not isinstance(record, dict):
         raise InputError(f'a record is an object with keys, not a {type(record).__name__}')
-    r = {key: value for key, value in record.items() if value is not None}    # Parquet's gaps
-    (keyed, p), notes = responses_of(r), []
+    r = {SYNONYMS.get(key, key): value for key, value in record.items()
+         if value is not None}                                     # Parquet fills gaps with None
+    if {'output_1', 'output_2', 'preference'} <= r.keys():         # AlpacaEval
+        p = 2 - number_of(r['preference'], 'preference', 1, 2)
+        best, worst = ('output_1', 'output_2') if p >= 0.5 else ('output_2', 'output_1')
+        r |= dict(chosen=r[best], rejected=r[worst], p=max(p, 1 - p))
+    if label_from_scores:
+        scores = [number_of(r.get(key), key) for key in ('chosen_score', 'rejected_score')]
+        r['p'] = 1 / (1 + math.exp(min(700.0, scores[1] - scores[0])))    # Bradley-Terry
+    numbers = {name: number_of(r.get(name, default), name, *((0, 1) if name == 'p' else ()))
+               for name, default in NUMBERS.items()}
+
+    keyed, prompt = responses_of(r), r.get('prompt')
     texts = all(isinstance(response, str) for _, response in keyed)
-    prompt, chat = r.get('prompt'), r.get('messages', r.get('conversations'))
-    single = r.get('instruction', r.get('question'))
-    if chat is not None and not (keyed and is_whole_chat(keyed[0][1])):
-        prompt = chat_of(chat, 'messages')
-        if not keyed:                    # no comparison: the last turn is the response
+    if 'messages' in r and not (keyed and is_whole_chat(keyed[0][1])):
+        prompt = chat_of(r['messages'], 'messages')
+        if not keyed:                        # no comparison: the last turn is the response
             prompt, keyed, texts = prompt[:-1], [('messages', prompt[-1:])], False
     elif isinstance(prompt, list):
         prompt = chat_of(prompt, 'prompt')
-    elif prompt is None and single is not None:
-        text = text_of(single, 'instruction') + (f'\n{r["input"]}' if r.get('input') else '')
+    elif prompt is None and 'instruction' in r:
+        text = text_of(r['instruction'], 'instruction')
+        text += f'\n{r["input"]}' if r.get('input') else ''
         prompt = [dict(role='system', content=r['system'])] if r.get('system') else []
         prompt.append(dict(role='user', content=text))
     elif prompt is not None and template == 'chat' and texts:
@@ -212,25 +207,12 @@ def read_record(record, template='', label_from_scores=False):
         keys = ', '.join(map(brief, record))[:200] or 'none'
         raise InputError(f'no shape fits the keys {keys}; known are: {SHAPES} '
                          '(or set convert, a function that makes one of them)')
-    if prompt is None and texts:
-        prompt, responses, notes = split_transcripts(*(text_of(value, key) for key, value in keyed))
-    elif texts and not isinstance(prompt, list):
-        prompt, responses = text_of(prompt, 'prompt'), [text_of(value, key) for key, value in keyed]
-    else:
-        prompt, responses = split_chats(prompt, [chat_of(value, key) for key, value in keyed])
-    numbers = NUMBERS | ({} if p is None else dict(p=p))
-    numbers |= {name: number_of(record, name) for name in NUMBERS if name in r}
-    number_of(numbers, 'p', 0, 1)
-    keys = ('chosen_score', 'rejected_score')
-    keys = ('score_chosen', 'score_rejected') if 'score_chosen' in r else keys     # UltraFeedback
-    scores = [number_of(r, key) for key in keys if key in r]
-    if len(scores) == 1 or (label_from_scores and not scores):
-        raise InputError(f'{keys[0]!r} and {keys[1]!r} go together, and one is missing')
-    if scores and scores[0] < scores[1]:
-        notes.append('records whose rejected response has the higher score')
-    if label_from_scores:
-        numbers['p'] = 1 / (1 + math.exp(min(700.0, scores[1] - scores[0])))   # Bradley-Terry
-    return prompt, responses, numbers, notes
+    if texts and not isinstance(prompt, list):
+        responses = [text_of(value, key) for key, value in keyed]
+        if prompt is None:
+            prompt, responses = split_transcripts(*responses)
+        return text_of(prompt, 'prompt'), responses, numbers
+    return *split_chats(prompt, [chat_of(value, key) for key, value in keyed]), numbers
 
 
 # --------------------------------------------------------------------------------------------------
@@ -238,11 +220,10 @@ def read_record(record, template='', label_from_scores=False):
 
 
 def read_lines(path):
-    name = os.path.basename(path)
     with (gzip.open if path.endswith('.gz') else open)(path, 'rb') as f:
         for line, raw in enumerate(f, 1):
             if raw.strip():
-                yield f'{name} line {line}', raw
+                yield f'{os.path.basename(path)} line {line}', raw
 
 
 def read_list(path):
@@ -255,12 +236,11 @@ def read_list(path):
 
 
 def read_table(path):
-    name = os.path.basename(path)
     with open(path, encoding='utf-8-sig', newline='') as f:    # spreadsheets begin with a mark
         rows = csv.DictReader(f, dialect='excel-tab' if path.endswith('.tsv') else 'excel')
         for row in rows:
-            record = {key: value for key, value in row.items() if value}
-            yield f'{name} line {rows.line_num}', record
+            where = f'{os.path.basename(path)} line {rows.line_num}'
+            yield where, {key: value for key, value in row.items() if value}
 
 
 def read_datasets(source, split):
@@ -279,8 +259,15 @@ def read_datasets(source, split):
         yield f'{source} record {count}', record
 
 
+def read_texts(path):                    # prompts for sample.py
+    with open(path, encoding='utf-8') as f:
+        for line, text in enumerate(f, 1):
+            if text.strip():
+                yield f'{os.path.basename(path)} line {line}', dict(prompt=text.rstrip('\n'))
+
+
 READERS = {'.jsonl': read_lines, '.jsonl.gz': read_lines, '.json': read_list,
-           '.csv': read_table, '.tsv': read_table}
+           '.csv': read_table, '.tsv': read_table, '.txt': read_texts}
 
 
 def read_source(source, split=''):
@@ -291,7 +278,7 @@ def read_source(source, split=''):
     if not source.endswith(known) and (os.path.exists(source) or source.count('/') != 1):
         raise InputError(f'{source}: neither a {", ".join(known)} file nor owner/name of the hub')
     reader = next((reader for ending, reader in READERS.items() if source.endswith(ending)), None)
-    where = f'{source}: the beginning'
+    where = 'the beginning'
     try:
         for where, raw in reader(source) if reader else read_datasets(source, split):
             yield where, raw
@@ -302,7 +289,7 @@ def read_source(source, split=''):
 
 
 def parse(raw):
-    """bytes of JSON -> an object; an object stays as it is; an error of `converted` is raised."""
+    """bytes of JSON -> an object. Objects stay as they are; an error of `convert` is raised."""
     if isinstance(raw, InputError):
         raise raw
     try:
@@ -311,24 +298,18 @@ def parse(raw):
         raise InputError(f'not valid JSON in UTF-8 ({first_line(e)})')
 
 
-def converted(stream, convert):
-    """The stream's records through the user's function; None leaves a record out."""
-    for number, where, raw in stream:
-        try:
-            record = convert(parse(raw))
-        except InputError as e:
-            record = e
-        except Exception as e:    # the user's code
-            record = InputError(f'convert: {first_line(e)}')
-        if record is not None:
-            yield number, where, record
-
-
 def records_of(cfg):
     """cfg.dataset's records, converted -> a stream of (number in the source from 0, where, raw)."""
-    source = enumerate(read_source(cfg.dataset, cfg.split))
-    stream = ((number, where, raw) for number, (where, raw) in source)
-    return stream if cfg.convert is None else converted(stream, cfg.convert)
+    for number, (where, raw) in enumerate(read_source(cfg.dataset, cfg.split)):
+        if cfg.convert is not None:
+            try:
+                raw = cfg.convert(parse(raw))
+            except InputError as e:
+                raw = e
+            except Exception as e:    # the user's code
+                raw = InputError(f'convert: {first_line(e)}')
+        if raw is not None:
+            yield number, where, raw
 
 
 # --------------------------------------------------------------------------------------------------
@@ -342,14 +323,14 @@ def tokenize(prompt, responses, tokenizer, cfg):
     Responses are None where the pair is dropped. A string prompt loses its start, a chat its early
     turns, a response its end (and with it the end of text).
     """
-    if isinstance(prompt, list) and tokenizer.template is None:
-        prompt = plain_chat(prompt) + ASSISTANT
-        responses = [plain_chat(answer).removeprefix(ASSISTANT) for answer in responses]
-    if isinstance(prompt, list):
+    if isinstance(prompt, list) and tokenizer.template is not None:
         ids, responses, notes = tokenize_chat(prompt, responses, tokenizer, cfg.max_prompt_length)
         if ids is None:
             return None, None, notes
     else:
+        if isinstance(prompt, list):
+            prompt = plain_chat(prompt) + ASSISTANT
+            responses = [plain_chat(answer).removeprefix(ASSISTANT) for answer in responses]
         ids, notes = tokenizer.encode(prompt), []
         responses = [np.append(tokenizer.encode(r), tokenizer.eot) for r in responses]
         room = cfg.max_prompt_length - len(tokenizer.begin)
@@ -402,35 +383,24 @@ def tokenize_chat(prompt, responses, tokenizer, longest):
     return ids, answers, notes
 
 
-def table_dtype(K):
-    """A row of pairs.npy: where a pair's tokens start, its number in the source, lengths,
-    NUMBERS."""
-    return np.dtype([('start', '<i8'), ('id', '<i8'), ('val', '?'), ('prompt', '<i4'),
-                     ('responses', '<i4', (K,)), *((name, '<f4') for name in NUMBERS)])
-
-
 def encode_record(raw, tokenizer, cfg):
     """-> (prompt, its ids, ids of the responses or None, numbers, notes)"""
-    record = parse(raw)
-    prompt, texts, numbers, notes = read_record(record, cfg.template, cfg.label_from_scores)
+    prompt, responses, numbers = read_record(parse(raw), cfg.template, cfg.label_from_scores)
     try:
-        ids, responses, more = tokenize(prompt, texts, tokenizer, cfg)
+        ids, responses, notes = tokenize(prompt, responses, tokenizer, cfg)
     except UnicodeEncodeError as e:
         raise InputError(f'a lone surrogate, which is no character ({first_line(e)})')
-    return prompt, ids, responses, numbers, notes + more
+    return prompt, ids, responses, numbers, notes
 
 
-def encode_chunk(chunk, cfg, K=None):
-    """[(id, where, raw), ...] -> (tokens, rows of the table, counts), run by a worker. Every pair
-    has K responses; None: as many as the first."""
+def encode_chunk(chunk, cfg):
+    """[(number, where, raw), ...] -> (tokens end to end, rows of the table without their start,
+    counts), run by a worker."""
     tokenizer = get_tokenizer(cfg.tokenizer)
     tokens, rows, counts = [], [], Counter(read=len(chunk))
     for number, where, raw in chunk:
         try:
             prompt, ids, responses, numbers, notes = encode_record(raw, tokenizer, cfg)
-            K = K or (responses and len(responses))
-            if responses and len(responses) != K:
-                raise InputError(f'{len(responses)} responses, where the records before have {K}')
         except InputError as e:
             if cfg.bad_records != 'skip':
                 raise InputError(f'{where}: {e} (--bad_records=skip leaves such records out)')
@@ -441,12 +411,9 @@ def encode_chunk(chunk, cfg, K=None):
             text = prompt if isinstance(prompt, str) else json.dumps(prompt)
             place = hashlib.blake2b(text.encode(), digest_size=8).digest()
             val = int.from_bytes(place, 'big') < cfg.val_fraction * 2**64
-            lengths = [len(r) for r in responses]
-            rows.append((0, number, val, len(ids), lengths, *numbers.values()))
+            rows.append((number, val, len(ids), [len(r) for r in responses], *numbers.values()))
             tokens += [ids, *responses]
-    dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
-    tokens = np.concatenate(tokens).astype(dtype) if rows else np.zeros(0, dtype)
-    return tokens, np.array(rows, dtype=table_dtype(K or 1)), counts
+    return np.concatenate(tokens or [[]]).astype(token_dtype(tokenizer.n_vocab)), rows, counts
 
 
 def chunks_of(stream):
@@ -461,20 +428,15 @@ def chunks_of(stream):
         yield chunk
 
 
-def in_parallel(chunks, cfg):
-    """encode_chunk of every chunk, in order, in as many processes as there are cores."""
-    K = None
-    for chunk in chunks:                 # in this process until a pair says how many responses
-        result = encode_chunk(chunk, cfg)
-        yield result
-        if len(result[1]):
-            K = result[1]['responses'].shape[1]
-            break
-    for chunk in itertools.islice(chunks, 1):              # more than one: worth starting processes
-        fork = multiprocessing.get_context('fork' if sys.platform == 'linux' else 'spawn')
-        with fork.Pool(initializer=leave_signals) as pool:
-            work = functools.partial(encode_chunk, cfg=cfg, K=K)
-            yield from pool.imap(work, itertools.chain([chunk], chunks))
+def in_parallel(work, chunks):
+    """work(chunk) of every chunk, in order, in as many processes as there are cores."""
+    first = list(itertools.islice(chunks, 2))
+    if len(first) < 2:                   # not worth starting processes
+        yield from map(work, first)
+        return
+    fork = multiprocessing.get_context('fork' if sys.platform == 'linux' else 'spawn')
+    with fork.Pool(initializer=leave_signals) as pool:
+        yield from pool.imap(work, itertools.chain(first, chunks))
 
 
 def leave_signals():
@@ -485,6 +447,17 @@ def leave_signals():
 
 # --------------------------------------------------------------------------------------------------
 # The files
+
+
+def token_dtype(n_vocab):
+    return np.uint16 if n_vocab <= 2**16 else np.uint32
+
+
+def table_dtype(K):
+    """A row of pairs.npy: where a pair's tokens start, its number in the source, lengths,
+    NUMBERS."""
+    return np.dtype([('start', '<i8'), ('id', '<i8'), ('val', '?'), ('prompt', '<i4'),
+                     ('responses', '<i4', (K,)), *((name, '<f4') for name in NUMBERS)])
 
 
 def source_text(source):
@@ -512,7 +485,6 @@ def prepare(cfg):
     settings = {f.name: getattr(cfg, f.name) for f in fields(Data)
                 if f.name not in ('convert', 'data_dir')}
     settings['tokenizer'] = cfg.tokenizer or 'gpt2'
-    tokenizer = get_tokenizer(settings['tokenizer'])
     made_of = [settings, source_text(prepare), source_text(Tokenizer),
                cfg.convert and source_text(cfg.convert)]
     tokenizer_files = [os.path.join(settings['tokenizer'], name) for name in ('*token*', '*.jinja')]
@@ -524,12 +496,11 @@ def prepare(cfg):
     folder = os.path.join(cfg.data_dir, f'{stem}-{key}')
     if os.path.exists(os.path.join(folder, 'meta.json')):
         return folder
-    stream = records_of(cfg)
-    print(f'preparing {cfg.dataset} -> {folder}', flush=True)
     part = f'{folder}.part-{os.getpid()}'
     try:
+        print(f'preparing {cfg.dataset} -> {folder}', flush=True)
         os.makedirs(part)
-        write_files(stream, part, settings, tokenizer)
+        write_files(records_of(cfg), part, settings)
         if not os.path.exists(folder):                     # another process may have been faster
             os.rename(part, folder)
     except OSError as e:
@@ -539,47 +510,49 @@ def prepare(cfg):
     return folder
 
 
-def write_files(stream, folder, settings, tokenizer):
-    counts, tables, total = Counter(), [], 0
+def write_files(stream, folder, settings):
+    counts, rows = Counter(), []
+    work = functools.partial(encode_chunk, cfg=SimpleNamespace(**settings))
+    n_vocab = get_tokenizer(settings['tokenizer']).n_vocab      # once, before processes fork
     with open(os.path.join(folder, 'tokens.bin'), 'wb') as f, tqdm(
             unit=' pairs', disable=None, leave=False) as bar:
-        for tokens, rows, more in in_parallel(chunks_of(stream), SimpleNamespace(**settings)):
-            sizes = rows['prompt'] + rows['responses'].sum(1, dtype=np.int64)
-            rows['start'] = total + np.cumsum(sizes) - sizes
-            total += len(tokens)
+        for tokens, more_rows, more_counts in in_parallel(work, chunks_of(stream)):
             f.write(tokens)
-            tables += [rows] if len(rows) else []
-            counts.update(more)
-            bar.update(more['read'])
-    if not tables:
+            rows += more_rows
+            counts.update(more_counts)
+            bar.update(more_counts['read'])
+    if not rows:
         raise InputError(f'{settings["dataset"]}: no pair is left of the records: {dict(counts)}')
-    table = np.concatenate(tables)
+    sizes = np.array([row[2] + sum(row[3]) for row in rows])
+    starts, K = (np.cumsum(sizes) - sizes).tolist(), len(rows[0][3])
+    ragged = [row[0] + 1 for row in rows if len(row[3]) != K]
+    if ragged and settings['bad_records'] != 'skip':
+        raise InputError(f'{settings["dataset"]}: record {ragged[0]} has not {K} responses, as the '
+                         'first has (--bad_records=skip leaves such records out)')
+    counts.update({'dropped: bad records': len(ragged)} if ragged else {})
+    kept = [(start, *row) for start, row in zip(starts, rows) if len(row[3]) == K]
+    table = np.array(kept, dtype=table_dtype(K))
     np.save(os.path.join(folder, 'pairs.npy'), table)
-    hashes = [file_hash(os.path.join(folder, name)) for name in ('tokens.bin', 'pairs.npy')]
-    meta = dict(settings=settings, n_vocab=tokenizer.n_vocab, counts=counts, tokens=total,
-                hash=hashlib.sha256(''.join(hashes).encode()).hexdigest())
+    digest = hashlib.sha256()
+    for name in ('tokens.bin', 'pairs.npy'):
+        with open(os.path.join(folder, name), 'rb') as f:
+            digest.update(hashlib.file_digest(f, 'sha256').digest())
+    meta = dict(settings=settings, n_vocab=n_vocab, counts=counts, hash=digest.hexdigest())
     with open(os.path.join(folder, 'meta.json'), 'w', encoding='utf-8') as f:
         json.dump(meta, f, indent=1)
-    print(report(table, counts, total))
+    print(report(table, counts))
 
 
-def file_hash(path):
-    with open(path, 'rb') as f:
-        return hashlib.file_digest(f, 'sha256').hexdigest()
-
-
-def report(table, counts, total):
+def report(table, counts):
     """What became of the records: read, kept, cut, dropped; and percentiles of the lengths."""
     val, K = int(table['val'].sum()), table['responses'].shape[1]
     lines = [f'{counts["read"]:>9,} records read',
-             f'{len(table):>9,} kept: {len(table) - val:,} to train on, {val:,} to validate, '
-             f'{total:,} tokens']
+             f'{len(table):>9,} kept: {len(table) - val:,} to train on, {val:,} to validate']
     lines += [f'{n:>9,} {note}' for note, n in sorted(counts.items()) if note != 'read']
     percents = (0, 50, 90, 99, 100)
     lines.append(f'{"tokens":>9}  ' + ''.join(f'{f"{q}%":>7}' for q in percents))
-    columns = dict(prompt=table['prompt'], chosen=table['responses'][:, 0])
-    columns |= dict(rejected=table['responses'][:, -1]) if K > 1 else {}
-    for name, lengths in columns.items():
+    columns = [table['prompt'], *table['responses'].T[[0, -1][:K]]]
+    for name, lengths in zip(('prompt', 'chosen', 'rejected'), columns):
         values = np.percentile(lengths, percents, method='inverted_cdf')
         lines.append(f'{name:>9}  ' + ''.join(f'{int(value):>7}' for value in values))
     return '\n'.join(lines)
@@ -594,8 +567,8 @@ class Pairs:
         with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as f:
             self.meta = json.load(f)
         self.table = np.load(os.path.join(folder, 'pairs.npy'))
-        dtype = np.uint16 if self.meta['n_vocab'] <= 2**16 else np.uint32
-        self.tokens = np.memmap(os.path.join(folder, 'tokens.bin'), dtype, mode='r')
+        self.tokens = np.memmap(os.path.join(folder, 'tokens.bin'),
+                                token_dtype(self.meta['n_vocab']), mode='r')
         self.train, self.val = np.flatnonzero(~self.table['val']), np.flatnonzero(self.table['val'])
         self.K = self.table['responses'].shape[1]
 

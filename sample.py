@@ -7,8 +7,8 @@ Sample from a policy: completions, alone or beside another model's; or a chat.
     python sample.py out/dpo_smollm2 --chat                   # several turns, by the chat template
 
 MODEL is anything weights.load takes. Two models draw with the same random numbers, so completions
-differ only where the distributions do. A file of prompts has one a line (.txt) or records with a
-"prompt" (what prepare.py reads). --out writes a line of JSON per completion.
+differ only where the distributions do. A file of prompts has one a line (.txt), or records with a
+"prompt", text or messages, in any format of prepare.py. --out writes a line of JSON per completion.
 Left out: serving, beam search, streaming.
 """
 import json
@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 import torch
 
-from configurator import InputError, atomic_write, configure, first_line, run
+from configurator import InputError, atomic_write, configure, run
 from model import bias_of, pack, pieces_mask
-from prepare import Pairs, parse, read_source, text_of
+from prepare import Pairs, chat_of, parse, read_source, text_of
 from tokenizer import get_tokenizer
 from weights import find, load, load_checkpoint, tokenizer_of
 
@@ -158,43 +158,41 @@ class Options:
     device: str = ''             # empty: cuda where there is one, else cpu
 
 
-def encode_prompt(text, tokenizer, template=''):
-    """Text -> token ids, as prepare.py writes a prompt."""
-    if template == 'chat':
-        return tokenizer.encode_turns([dict(role='user', content=text)]).tolist()
-    return [*tokenizer.begin, *tokenizer.encode(text).tolist()]
+def find_device(name=''):
+    """'cpu' or 'cuda'; empty: cuda where there is one. Raises InputError where it is not there."""
+    cuda = torch.cuda.is_available()
+    if name not in ('', 'cpu', 'cuda') or (name == 'cuda' and not cuda):
+        raise InputError(f'device {name!r} is not available here; use cpu')
+    return name or ('cuda' if cuda else 'cpu')
 
 
-def validation_prompts(name):
-    """The validation prompts of a run, as they were prepared -> lists of token ids."""
-    path = find(name)
-    if os.path.isdir(path):
-        raise InputError(f"prompts: 'val' needs a run's folder, and {name} is none")
-    pairs = Pairs(load_checkpoint(path)['prepared'])
-    return [pairs[i][0].tolist() for i in pairs.val]
+def encode_prompt(prompt, tokenizer, template=''):
+    """Text or messages -> token ids, as prepare.py writes a prompt."""
+    if template == 'chat' and isinstance(prompt, str):
+        prompt = [dict(role='user', content=prompt)]
+    if isinstance(prompt, list):
+        return tokenizer.encode_turns(prompt).tolist()
+    return [*tokenizer.begin, *tokenizer.encode(prompt).tolist()]
 
 
 def read_prompts(o, name, tokenizer):
-    if o.prompts == 'val':
-        return validation_prompts(name)[:o.limit or None]
-    texts = [o.prompt.replace('\\n', '\n')] if o.prompt else []
-    if o.prompts.endswith('.txt'):
+    """-> [(prompt, its token ids), ...], the prompt as it was given: text or messages."""
+    if o.prompts == 'val':               # as they were prepared for the run
+        path = find(name)
+        if os.path.isdir(path):
+            raise InputError(f"prompts: 'val' needs a run's folder, and {name} is none")
+        pairs = Pairs(load_checkpoint(path)['prepared'])
+        ids = [pairs[i][0].tolist() for i in pairs.val[:o.limit or None]]
+        return [(tokenizer.decode(x), x) for x in ids]
+    prompts = [o.prompt.replace('\\n', '\n')] if o.prompt else []
+    for where, raw in read_source(o.prompts) if o.prompts else ():
         try:
-            with open(o.prompts, encoding='utf-8') as f:
-                texts = [line.rstrip('\n') for line in f if line.strip()]
-        except (OSError, UnicodeDecodeError) as e:
-            raise InputError(f'prompts: {o.prompts} cannot be read ({first_line(e)})')
-    elif o.prompts:
-        for where, raw in read_source(o.prompts):
-            try:
-                record = parse(raw)
-                if not isinstance(record, dict) or 'prompt' not in record:
-                    raise InputError("no 'prompt'")
-                texts.append(text_of(record['prompt'], 'prompt'))
-                texts[-1].encode()
-            except (InputError, UnicodeEncodeError) as e:
-                raise InputError(f'{where}: {e}')
-    return [encode_prompt(text, tokenizer, o.template) for text in texts[:o.limit or None]]
+            record = parse(raw)
+            prompt = record.get('prompt') if isinstance(record, dict) else None
+            prompts.append((chat_of if isinstance(prompt, list) else text_of)(prompt, 'prompt'))
+        except InputError as e:
+            raise InputError(f'{where}: {e}')
+    return [(p, encode_prompt(p, tokenizer, o.template)) for p in prompts[:o.limit or None]]
 
 
 def complete(model, prompts, o, tokenizer):
@@ -202,9 +200,9 @@ def complete(model, prompts, o, tokenizer):
     completions, room = [[] for _ in prompts], model.config.block_size - 1
     for k in range(o.n):         # what a prompt gets does not depend on n
         for i in range(0, len(prompts), o.batch_size):
-            some = [p[-room:] for p in prompts[i:i + o.batch_size]]
+            inputs = [p[-room:] for p in prompts[i:i + o.batch_size]]
             seed = o.seed + k * 1_000_003 + i
-            responses = generate(model, some, o.max_new_tokens, tokenizer.ends,
+            responses = generate(model, inputs, o.max_new_tokens, tokenizer.ends,
                                  o.temperature, o.top_k, o.top_p, seed)
             for j, response in enumerate(responses):
                 completions[i + j].append(response)
@@ -234,20 +232,17 @@ def chat(model, o, tokenizer):
 def main(argv):
     if argv[0].startswith('-'):
         raise InputError('usage: python sample.py MODEL [--name=value ...]')
-    o, names = configure(Options, argv[1:]), [argv[0]]
-    names += [o.compare] if o.compare else []
-    limits = dict(n=1, max_new_tokens=1, batch_size=1, temperature=0, top_k=0, limit=0)
-    for name, low in limits.items():
-        if getattr(o, name) < low:
-            raise InputError(f'{name}: {getattr(o, name)} is less than {low}')
-    if not 0 < o.top_p <= 1:
-        raise InputError(f'top_p: {o.top_p} is not above 0 and at most 1')
+    o = configure(Options, argv[1:])
+    names = [argv[0], o.compare] if o.compare else [argv[0]]
+    for name in ('n', 'max_new_tokens', 'batch_size'):
+        if getattr(o, name) < 1:
+            raise InputError(f'{name}: {getattr(o, name)} is less than 1')
+    if o.temperature < 0 or not 0 < o.top_p <= 1:
+        raise InputError('temperature is at least 0, and top_p above 0 and at most 1')
     if (o.prompt != '') + (o.prompts != '') + o.chat != 1:
         raise InputError('give one of --prompt, --prompts and --chat')
     tokenizer = get_tokenizer(o.tokenizer or tokenizer_of(names[0]))
-    device = o.device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    if device != 'cpu' and not (device == 'cuda' and torch.cuda.is_available()):
-        raise InputError(f'device {device!r} is not available here; use cpu')
+    device = find_device(o.device)
     models = [load(name).to(device) for name in names]
     for name, model in zip(names, models):
         if tokenizer.n_vocab > model.config.vocab_size:
@@ -258,17 +253,17 @@ def main(argv):
     prompts = read_prompts(o, names[0], tokenizer)
     if not prompts:
         raise InputError('prompts: there are none')
-    lines, answers = [], [complete(model, prompts, o, tokenizer) for model in models]
-    for prompt, *each in zip(prompts, *answers):
-        text = tokenizer.decode(prompt)
-        print(f'\n{text}')
+    answers = [complete(model, [ids for _, ids in prompts], o, tokenizer) for model in models]
+    lines = []
+    for (prompt, ids), *each in zip(prompts, *answers):
+        print(f'\n{tokenizer.decode(ids)}')
         for name, completions in zip(names, each):
             for tokens in completions:
                 response, ended = text_and_end(tokens, tokenizer)
                 label = f'[{name}] ' if len(names) > 1 else ''
                 print(f'  {label}{response.strip()}' + ('' if ended else ' ...'))
-                lines.append(dict(model=name, prompt=text, response=response, tokens=len(tokens),
-                                  ended=ended))
+                lines.append(dict(model=name, prompt=prompt, response=response,
+                                  tokens=len(tokens), ended=ended))
     if o.out:
         with atomic_write(o.out) as f:
             f.writelines(json.dumps(line) + '\n' for line in lines)

@@ -13,8 +13,6 @@ Left out: sharding of a model over GPUs, LoRA, gradient checkpointing.
 import contextlib
 import copy
 import ctypes
-import functools
-import glob
 import hashlib
 import inspect
 import json
@@ -35,12 +33,12 @@ from tqdm import tqdm
 
 import dpo
 import simpo
-from configurator import InputError, atomic_write, configure, first_line, run
-from model import GPT, GPTConfig, block_mask, pack
+from configurator import InputError, atomic_write, configure, run
+from model import GPT, block_mask, pack
 from prepare import NUMBERS, Data, Pairs, prepare, source_text
-from sample import generate
+from sample import find_device, generate
 from tokenizer import get_tokenizer
-from weights import copy_tokenizer, load, load_checkpoint, tokenizer_of
+from weights import copy_tokenizer, load, load_checkpoint, make_config, tokenizer_of
 
 # torchrun --nproc_per_node=N train.py ...: process RANK of WORLD takes every WORLD-th pair
 RANK, WORLD = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
@@ -65,9 +63,8 @@ class Config(Data):
     tokens_per_batch: int = 0           # per micro-batch: bounds the memory, changes nothing else;
                                         # 0: 16384 on cuda, 2048 on a CPU
     learning_rate: float = 1e-6
-    schedule: str = 'cosine'            # after the warm-up: cosine or linear to min_lr, or constant
+    schedule: str = 'cosine'            # after the warm-up: cosine or linear to 0, or constant
     warmup_iters: int = 0
-    min_lr: float = 0.0
     max_iters: int = 0                  # steps; 0: as many as `epochs` takes
     epochs: float = 1.0
     weight_decay: float = 0.0
@@ -131,15 +128,14 @@ def compares(cfg):
 def load_config(argv, cls=Config):
     """[CONFIG] [--name=value ...] -> a Config whose values are in range. Raises InputError."""
     cfg = configure(cls, argv, loss_options)
-    at_least_0 = ('epochs max_iters warmup_iters learning_rate min_lr weight_decay grad_clip '
-                  'eval_pairs eval_samples tokens_per_batch seed')
-    for names, low in {'batch_size eval_interval log_interval': 1, at_least_0: 0}.items():
-        for name in names.split():
-            if getattr(cfg, name) < low:
-                raise InputError(f'{name}: {getattr(cfg, name)} is less than {low}')
+    positive = ('batch_size', 'eval_interval', 'log_interval')
+    for name in (*positive, 'epochs', 'max_iters', 'warmup_iters', 'learning_rate', 'weight_decay',
+                 'grad_clip', 'eval_pairs', 'eval_samples', 'tokens_per_batch', 'seed'):
+        if getattr(cfg, name) < (name in positive):
+            raise InputError(f'{name}: {getattr(cfg, name)} is less than {int(name in positive)}')
     for name, choices in dict(
             schedule=('cosine', 'linear', 'constant'), reference=('cached', 'live'),
-            dtype=('', 'float32', 'bfloat16'), device=('', 'cpu', 'cuda')).items():
+            dtype=('', 'float32', 'bfloat16')).items():
         if getattr(cfg, name) not in choices:
             raise InputError(f'{name}: {getattr(cfg, name)!r} is not one of {choices}')
     if cfg.options.get('beta', 1) <= 0:
@@ -156,9 +152,7 @@ def load_config(argv, cls=Config):
 
 def setup_machine(cfg):
     """Fill in what depends on the machine: device, dtype, compile, tokens_per_batch."""
-    if cfg.device == 'cuda' and not torch.cuda.is_available():
-        raise InputError("device 'cuda' is not available here; use cpu")
-    cfg.device = cfg.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    cfg.device = find_device(cfg.device)
     cuda = cfg.device == 'cuda'
     cfg.dtype = cfg.dtype or ('bfloat16' if cuda and not cfg.eval_only else 'float32')
     cfg.compile = cuda if cfg.compile is None else cfg.compile
@@ -204,33 +198,54 @@ def check_fit(cfg, model, tokenizer, pairs):
         raise InputError(f'batch_size: {cfg.batch_size} is less than the {WORLD} processes')
 
 
+def load_run(cfg):
+    """The policy at its start, its tokenizer and the prepared pairs, checked against each
+    other."""
+    if isinstance(cfg.init_from, dict):
+        cfg.tokenizer = cfg.tokenizer or 'gpt2'
+        torch.manual_seed(cfg.seed)
+        vocab = dict(vocab_size=get_tokenizer(cfg.tokenizer).n_vocab)
+        model = cfg.model_class(make_config(vocab | cfg.init_from, 'init_from'))
+    else:
+        cfg.tokenizer = cfg.tokenizer or tokenizer_of(cfg.init_from)
+        model = load(cfg.init_from, cfg.model_class)
+    if WORLD > 1 and RANK > 0:
+        dist.barrier()                                     # the first process prepares
+    pairs, tokenizer = Pairs(prepare(cfg)), get_tokenizer(cfg.tokenizer)
+    if WORLD > 1 and RANK == 0:
+        dist.barrier()
+    check_fit(cfg, model, tokenizer, pairs)
+    cfg.max_iters = cfg.max_iters or math.ceil(cfg.epochs * len(pairs.train) / cfg.batch_size)
+    if 0 < cfg.eval_pairs < len(pairs.val):
+        order = np.random.default_rng(cfg.seed).permutation(pairs.val)
+        pairs.val = np.sort(order[:cfg.eval_pairs])
+    return model.to(cfg.device), tokenizer, pairs
+
+
 # --------------------------------------------------------------------------------------------------
 # The data of a step
 
 
-@functools.lru_cache(maxsize=2)
-def permutation(n, seed, epoch):
-    return np.random.default_rng([seed, epoch]).permutation(n)
-
-
-def step_rows(step, rows, cfg, steps=1):
-    """The pairs of a step, or of several: a slice of the epochs' permutations of `rows`, end to
-    end. A function of the step's number, so there is no state to resume."""
-    n, at = len(rows), np.arange(step * cfg.batch_size, (step + steps) * cfg.batch_size)
-    epochs = range(int(at[0]) // n, int(at[-1]) // n + 1)
-    return rows[np.concatenate([permutation(n, cfg.seed, e)[at[at // n == e] % n] for e in epochs])]
+def training_order(rows, cfg):
+    """The pairs of all steps, end to end. Each epoch is a permutation of `rows` that depends on
+    the seed and the epoch's number alone, so there is no state to resume."""
+    n = cfg.max_iters * cfg.batch_size
+    epochs = range(-(-n // len(rows)))
+    order = [np.random.default_rng([cfg.seed, e]).permutation(rows) for e in epochs]
+    return np.concatenate([rows[:0], *order])[:n]
 
 
 def micro_batches(sizes, limit):
     """Sizes in tokens -> lists of indices within `limit` tokens: first fit, longest first."""
-    bins = []                                              # [tokens, indices]
+    members, totals = [], []
     for i in np.argsort(-np.asarray(sizes), kind='stable').tolist():
-        b = next((b for b in bins if b[0] + sizes[i] <= limit), None)
-        if b is None:
-            bins.append(b := [0, []])
-        b[0] += sizes[i]
-        b[1].append(i)
-    return [indices for _, indices in bins]
+        b = next((b for b, total in enumerate(totals) if total + sizes[i] <= limit), len(totals))
+        if b == len(totals):
+            members.append([])
+            totals.append(0)
+        members[b].append(i)
+        totals[b] += sizes[i]
+    return members
 
 
 def batches(pairs, rows, K, cfg):
@@ -406,7 +421,6 @@ def evaluate(policy, reference, pairs, rows, cfg, path=None):
     if WORLD > 1:
         dist.all_reduce(sums)
     logps, reference_logps = sums.cpu()
-    reference_logps = None if reference is None else reference_logps
     lengths = torch.from_numpy(pairs.table['responses'][rows].astype(np.int64))
     losses, *rewards = apply_loss(cfg, logps, reference_logps, lengths, numbers_of(pairs, rows))
     ids = pairs.table['id'][rows]
@@ -415,24 +429,22 @@ def evaluate(policy, reference, pairs, rows, cfg, path=None):
         raise InputError(f'evaluation: the loss of these pairs (numbers in the source) is not '
                          f'finite: {bad}')
     if path and RANK == 0:
-        columns = dict(id=ids)
+        columns, absent = dict(id=ids.tolist()), [None] * n
         for k, side in [(0, 'chosen'), (-1, 'rejected')][:K]:
-            columns |= {f'{side}_logps': logps[:, k], f'{side}_length': lengths[:, k],
-                        f'reference_{side}_logps': sums[1, :, k] if reference else None,
-                        f'{side}_reward': rewards[k]}
-        columns = {k: [None] * n if v is None else v.tolist() for k, v in columns.items()}
+            columns |= {
+                f'{side}_logps': logps[:, k].tolist(), f'{side}_length': lengths[:, k].tolist(),
+                f'reference_{side}_logps': reference_logps[:, k].tolist() if reference else absent,
+                f'{side}_reward': absent if rewards[k] is None else rewards[k].tolist()}
         with atomic_write(path) as f:
-            for line in zip(*columns.values()):
-                f.write(json.dumps(dict(zip(columns, line))) + '\n')
-    return {f'eval/{name}': mean for name, mean in metric_means(
-        metric_sums(losses, *rewards, logps), n, K).items()}
+            f.writelines(json.dumps(dict(zip(columns, x))) + '\n' for x in zip(*columns.values()))
+    means = metric_means(metric_sums(losses, *rewards, logps), n, K)
+    return {f'eval/{name}': mean for name, mean in means.items()}
 
 
 @torch.no_grad()
 def sample_validation(model, frozen, pairs, tokenizer, cfg):
-    """The policy's responses to cfg.eval_samples validation prompts, into samples.jsonl -> their
-    mean length; with a live reference also KL(pi||pi_ref), the mean of log pi/pi_ref over them,
-    in nats."""
+    """Responses to cfg.eval_samples validation prompts, into samples.jsonl -> their mean length;
+    with a live reference also KL(pi||pi_ref), the mean of log pi/pi_ref over them, in nats."""
     prompts = [pairs[i][0].tolist() for i in pairs.val[:cfg.eval_samples]]
     room = cfg.max_length - max(map(len, prompts))
     responses = generate(model, prompts, room, tokenizer.ends, seed=cfg.seed)
@@ -475,14 +487,10 @@ def plain_settings(cfg):
 
 def header(cfg, fingerprint, pairs):
     """The first line of log.jsonl: enough to repeat the run."""
-    def git(*args):
-        command = ['git', '-C', os.path.dirname(os.path.abspath(__file__)), *args]
-        try:
-            return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-        except OSError:                                    # git is not installed
-            return ''
-    commit = git('rev-parse', '--short', 'HEAD')
-    commit += '+changes' if git('status', '--porcelain', '-uno') else ''
+    git, commit = 'git describe --always --exclude=* --dirty=+changes'.split(), ''
+    with contextlib.suppress(OSError):                     # git is not installed
+        here = os.path.dirname(os.path.abspath(__file__))
+        commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout.strip()
     hardware = f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
     if cfg.device == 'cuda':
         hardware = torch.cuda.get_device_name()
@@ -532,12 +540,10 @@ def open_log(cfg, log_bytes):
     if RANK > 0:
         return open(os.devnull, 'wb')
     os.makedirs(cfg.out_dir, exist_ok=True)
-    if not cfg.resume:                                     # remove the run that is overwritten
-        for name in ('ckpt.pt', 'best.pt', 'log.jsonl', 'eval.jsonl', 'samples.jsonl'):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(cfg.out_dir, name))
-    for path in glob.glob(os.path.join(glob.escape(cfg.out_dir), '*.tmp')):
-        os.remove(path)                  # of a run that was killed while it saved
+    files = ('ckpt.pt', 'best.pt', 'log.jsonl', 'eval.jsonl', 'samples.jsonl')
+    for name in os.listdir(cfg.out_dir):                   # of the run that is overwritten;
+        if name.endswith('.tmp') or (name in files and not cfg.resume):    # .tmp: killed in a save
+            os.remove(os.path.join(cfg.out_dir, name))
     log = open(os.path.join(cfg.out_dir, 'log.jsonl'), 'ab', buffering=0)
     log.truncate(log_bytes)
     log.seek(log_bytes)                  # where tell() counts from until the first line
@@ -549,54 +555,12 @@ def open_log(cfg, log_bytes):
 
 
 def learning_rate(step, cfg):
-    """Linear warm-up to cfg.learning_rate, then the schedule, down to min_lr at max_iters."""
+    """Linear warm-up to cfg.learning_rate, then the schedule, down to 0 at max_iters."""
     if step < cfg.warmup_iters:
         return cfg.learning_rate * (step + 1) / (cfg.warmup_iters + 1)
     done = (step - cfg.warmup_iters) / max(1, cfg.max_iters - cfg.warmup_iters)
     cosine = 0.5 * (1 + math.cos(math.pi * done))
-    share = dict(cosine=cosine, linear=1 - done, constant=1.0)[cfg.schedule]
-    return cfg.min_lr + share * (cfg.learning_rate - cfg.min_lr)
-
-
-def load_run(cfg):
-    """The policy at its start, its tokenizer and the prepared pairs, checked against each
-    other."""
-    if isinstance(cfg.init_from, dict):
-        cfg.tokenizer = cfg.tokenizer or 'gpt2'
-        torch.manual_seed(cfg.seed)
-        vocab = dict(vocab_size=get_tokenizer(cfg.tokenizer).n_vocab)
-        try:
-            model = cfg.model_class(GPTConfig(**vocab | cfg.init_from))
-        except TypeError as e:
-            raise InputError(f'init_from: {first_line(e)}')
-    else:
-        cfg.tokenizer = cfg.tokenizer or tokenizer_of(cfg.init_from)
-        model = load(cfg.init_from, cfg.model_class)
-    if WORLD > 1 and RANK > 0:
-        dist.barrier()                                     # the first process prepares
-    pairs, tokenizer = Pairs(prepare(cfg)), get_tokenizer(cfg.tokenizer)
-    if WORLD > 1 and RANK == 0:
-        dist.barrier()
-    check_fit(cfg, model, tokenizer, pairs)
-    cfg.max_iters = cfg.max_iters or math.ceil(cfg.epochs * len(pairs.train) / cfg.batch_size)
-    if 0 < cfg.eval_pairs < len(pairs.val):
-        order = np.random.default_rng(cfg.seed).permutation(pairs.val)
-        pairs.val = np.sort(order[:cfg.eval_pairs])
-    return model.to(cfg.device), tokenizer, pairs
-
-
-def catch_signals():
-    """Collect SIGINT and SIGTERM in a list -> the list, and the handlers of before."""
-    stop = []
-    return stop, {s: signal.signal(s, lambda number, frame: stop.append(number))
-                  for s in (signal.SIGINT, signal.SIGTERM)}
-
-
-def announce(cfg, model, pairs):
-    size = sum(p.numel() for p in model.parameters())
-    say(f'{size:,} parameters; {len(pairs.train):,} pairs to train on, {len(pairs.val):,} to '
-        f'validate; {cfg.max_iters} steps of {cfg.batch_size} pairs on '
-        f'{cfg.device} in {cfg.dtype}; loss {plain_settings(cfg)["loss"]} {cfg.options or ""}')
+    return cfg.learning_rate * dict(cosine=cosine, linear=1 - done, constant=1.0)[cfg.schedule]
 
 
 def make_optimizer(model, cfg):
@@ -606,6 +570,13 @@ def make_optimizer(model, cfg):
     groups = [dict(params=matrices, weight_decay=cfg.weight_decay),
               dict(params=vectors, weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
+
+
+def catch_signals():
+    """Collect SIGINT and SIGTERM in a list -> the list, and the handlers of before."""
+    stop = []
+    return stop, {s: signal.signal(s, lambda number, frame: stop.append(number))
+                  for s in (signal.SIGINT, signal.SIGTERM)}
 
 
 def check_finite(step, loss, grad_norm, losses_of, pairs):
@@ -635,14 +606,13 @@ def train(cfg):
     """Run the settings to the end -> the metrics of the last evaluation. Raises InputError."""
     started = time.perf_counter()
     setup_machine(cfg)
-    ckpt = os.path.join(cfg.out_dir, 'ckpt.pt')
+    ckpt, eval_file = (os.path.join(cfg.out_dir, name) for name in ('ckpt.pt', 'eval.jsonl'))
     check_out_dir(cfg, ckpt)
     model, tokenizer, pairs = load_run(cfg)
-    rows = pairs.val
-    if not cfg.eval_only:
-        rows = np.union1d(rows, step_rows(0, pairs.train, cfg, steps=cfg.max_iters))
+    order = training_order(pairs.train, cfg) if not cfg.eval_only else pairs.val
     fingerprint = fingerprint_of(model)
-    reference, frozen, reference_hash = make_reference(model, pairs, rows, cfg)
+    reference, frozen, reference_hash = make_reference(
+        model, pairs, np.union1d(pairs.val, order), cfg)
     policy = live_logps(model, cfg)
     if cfg.eval_only:
         return evaluate_only(cfg, model, policy, reference, pairs, ckpt)
@@ -664,12 +634,16 @@ def train(cfg):
     if not cfg.resume and RANK == 0:
         copy_tokenizer(cfg.tokenizer, cfg.out_dir)
         write_log(**header(cfg, fingerprint, pairs))
-    announce(cfg, model, pairs)
+    size = sum(p.numel() for p in model.parameters())
+    say(f'{size:,} parameters; {len(pairs.train):,} pairs to train on, {len(pairs.val):,} to '
+        f'validate; {cfg.max_iters} steps of {cfg.batch_size} pairs on '
+        f'{cfg.device} in {cfg.dtype}; loss {plain_settings(cfg)["loss"]} {cfg.options or ""}')
     K = pairs.K if compares(cfg) else 1
     stop, handlers = catch_signals()                       # finish the step, save, leave
 
     def load_step(step):
-        return list(batches(pairs, step_rows(step, pairs.train, cfg)[RANK::WORLD], K, cfg))
+        rows = order[step * cfg.batch_size:(step + 1) * cfg.batch_size]
+        return list(batches(pairs, rows[RANK::WORLD], K, cfg))
 
     waiting = load_step(state['step'])
     since, pairs_since, tokens_since = time.perf_counter(), 0, 0
@@ -685,8 +659,8 @@ def train(cfg):
         done, halt = step == cfg.max_iters, bool(halt)
         due = done or step % cfg.eval_interval == 0
         if due and len(pairs.val) and step != state['evaluated']:
-            metrics = evaluate(policy, reference, pairs, pairs.val, cfg,
-                               os.path.join(cfg.out_dir, 'eval.jsonl') if done else None)
+            path = eval_file if done else None
+            metrics = evaluate(policy, reference, pairs, pairs.val, cfg, path)
             if cfg.eval_samples:
                 metrics |= sample_validation(model, frozen, pairs, tokenizer, cfg)
             write_log(step=step, **metrics)
@@ -697,7 +671,7 @@ def train(cfg):
                 state['best'] = metrics['eval/loss']
                 if RANK == 0:
                     save_checkpoint(os.path.join(cfg.out_dir, 'best.pt'), model, cfg, step=step,
-                                    metrics=metrics, prepared=pairs.folder)
+                                    **{k: state[k] for k in ('metrics', 'prepared', 'reference')})
         if (due or halt) and RANK == 0:
             os.fsync(log.fileno())
             state['log_bytes'] = log.tell()

@@ -9,6 +9,7 @@ Families: gpt2, llama (SmolLM, too), mistral, qwen2, qwen3. Files are only read,
 is run. Left out: quantised weights, adapters, sliding windows, rope scaling other than Llama 3's.
 """
 import contextlib
+import glob
 import json
 import os
 import shutil
@@ -68,7 +69,7 @@ def find(name):
         raise InputError(f'{name}: no model there (neither config.json nor ckpt.pt)')
     from huggingface_hub import snapshot_download               # slow to load
     try:
-        wanted = ['config.json', '*.safetensors', '*.safetensors.index.json', *TOKENIZER_FILES]
+        wanted = ['config.json', '*.safetensors', *TOKENIZER_FILES]
         folder = snapshot_download(name, allow_patterns=wanted)
         if not any(file.endswith('.safetensors') for file in os.listdir(folder)):
             folder = snapshot_download(name, allow_patterns=[*wanted, 'pytorch_model*'])
@@ -80,44 +81,51 @@ def find(name):
 def load(name, model_class=GPT):
     """A GPT, float32, on the CPU, from a hub name, a folder with config.json, a run's folder or a
     checkpoint file. A parameter that only `model_class` has keeps its initial value where the
-    file lacks it. Raises InputError, one line, where a model is missing, damaged or not one we
-    compute."""
+    file lacks it. Raises InputError where a model is missing, damaged or not one we compute."""
     path = find(name)
     if os.path.isdir(path):
-        config, tensors = read_config(path), read_tensors(path)
+        config = read_config(path)
+        state = from_transformers(read_tensors(path), config, path)
     else:
         checkpoint = load_checkpoint(path)
-        config, tensors = make_config(checkpoint['model_config'], path), checkpoint['model']
+        config, state = make_config(checkpoint['model_config'], path), checkpoint['model']
     # on 'meta' a model takes no memory, and no time to initialise
     with torch.device('meta') if model_class is GPT else contextlib.nullcontext():
         model = model_class(config)
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    except RuntimeError as e:                                  # names the tensor and its shapes
+        raise InputError(f'{path}: {first_line(e)}')
+    if unexpected:
+        raise InputError(f'{path}: unexpected tensor {unexpected[0]}')
     with torch.device('meta'):
-        needed = dict(GPT(config).named_parameters())
+        needed = set(GPT(config).state_dict()) & set(missing)
+    if needed:
+        raise InputError(f'{path}: no tensor {min(needed)}')
+    return model
+
+
+def from_transformers(tensors, config, path):
+    """Tensors by transformers' names -> by ours, float32."""
+    with torch.device('meta'):
+        ours = list(GPT(config).state_dict())
     state = {}
-    for ours, p in model.named_parameters():
-        names, transposed = [ours], False
-        if os.path.isdir(path) and ours in needed:
-            names, transposed = their_names(ours, config)
-        if not all(n in tensors for n in names):
-            if ours in needed:
-                raise InputError(f'{path}: no tensor {names[0]}')
-            continue
-        parts = [tensors.pop(n).to(torch.float32) for n in names]
+    for name in ours:
+        theirs, transposed = their_names(name, config)
+        for part in theirs:
+            if part not in tensors:
+                raise InputError(f'{path}: no tensor {part}')
+        parts = [tensors.pop(part).to(torch.float32) for part in theirs]
         try:
-            joined = torch.cat([part.t() if transposed else part for part in parts])    # a copy
+            state[name] = torch.cat([part.t() if transposed else part for part in parts])  # a copy
         except RuntimeError:
-            raise InputError(f'{path}: tensors {", ".join(names)} do not fit together')
-        if joined.shape != p.shape:
-            raise InputError(f'{path}: tensor {names[0]} gives shape {tuple(joined.shape)}, '
-                             f'not {tuple(p.shape)}')
-        state[ours] = joined
+            raise InputError(f'{path}: tensors {", ".join(theirs)} do not fit together')
     head = tensors.pop('lm_head.weight', None)
     if head is not None and not torch.equal(head.float(), state['wte.weight']):
         raise InputError(f'{path}: lm_head.weight differs from the embedding, which is tied to it')
     if tensors:
         raise InputError(f'{path}: unexpected tensor {min(tensors)}')
-    model.load_state_dict(state, strict=False, assign=True)
-    return model
+    return state
 
 
 def their_names(ours, config):
@@ -175,26 +183,18 @@ def make_config(settings, path):
 
 
 def read_tensors(folder):
-    """All tensors of a folder by name, without the model's prefix: one file, or an index of
-    shards."""
-    for name, read in (('model.safetensors', load_file), ('pytorch_model.bin', torch_load)):
-        single, index = os.path.join(folder, name), os.path.join(folder, name + '.index.json')
-        if os.path.exists(single):
-            files = [single]
-        elif os.path.exists(index):
-            shards = set(read_json(index).get('weight_map', {}).values())
-            files = [os.path.join(folder, shard) for shard in sorted(shards)]
-        else:
-            continue
+    """All tensors of a folder by name, without the model's prefix, from one file or shards."""
+    for pattern, read in (('model*.safetensors', load_file), ('pytorch_model*.bin', torch_load)):
         tensors = {}
-        for file in files:
+        for path in sorted(glob.glob(os.path.join(glob.escape(folder), pattern))):
             try:
-                tensors |= read(file)
+                tensors |= read(path)
             except Exception as e:    # each format has its own errors for a file that is cut short
-                raise InputError(f'{file}: not a whole model file ({first_line(e)})')
-        buffers = ('.attn.bias', '.attn.masked_bias', '.rotary_emb.inv_freq')
-        return {name.removeprefix('transformer.').removeprefix('model.'): t
-                for name, t in tensors.items() if not name.endswith(buffers)}
+                raise InputError(f'{path}: not a whole model file ({first_line(e)})')
+        if tensors:
+            buffers = ('.attn.bias', '.attn.masked_bias', '.rotary_emb.inv_freq')
+            return {name.removeprefix('transformer.').removeprefix('model.'): t
+                    for name, t in tensors.items() if not name.endswith(buffers)}
     raise InputError(f'{folder}: no model.safetensors or pytorch_model.bin, whole or in shards')
 
 
