@@ -129,9 +129,9 @@ def attention(q, k, v, mask):                # as attend: -> (..., H, T, D)
     return flex_attention(q[None], k[None], v[None], block_mask=mask, enable_gqa=True)[0]
 
 
-def bias_of(seen):
+def bias_of(mask):
     """A boolean mask -> what `attend` adds to the scores."""
-    return torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, -math.inf)
+    return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf)
 
 
 def pieces_mask(batch, piece=128):

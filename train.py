@@ -480,9 +480,9 @@ def fingerprint_of(model):
 
 def plain_settings(cfg):
     """All settings as plain values: functions and classes by name."""
-    named = {name: f'{value.__module__}.{value.__qualname__}' if callable(value) else value
+    plain = {name: f'{value.__module__}.{value.__qualname__}' if callable(value) else value
              for name, value in asdict(cfg).items()}
-    return named | cfg.options
+    return plain | cfg.options
 
 
 def header(cfg, fingerprint, pairs):
