@@ -1,12 +1,11 @@
 """
-Settings and commands: a config file and --name=value into a dataclass, one-line errors, files.
+Configuration and CLI: config files and --name=value into a dataclass, one-line errors, files.
 
     python train.py config/dpo_demo.py --beta=0.5 --resume
 
-A config file is plain Python, and is run. Names it assigns that are fields of the command's
-dataclass are taken. Names with a leading underscore, modules, functions and classes are free to
-use. A misspelt name or a value of the wrong type is an error. Left out: nested settings,
-environment variables, YAML.
+A config file is plain Python, and is executed. It assigns fields of the command's dataclass.
+Names with a leading underscore, modules, functions and classes are ignored. A misspelt name or a
+value of the wrong type is an error. Left out: nested settings, environment variables, YAML.
 """
 import ast
 import contextlib
@@ -44,9 +43,8 @@ def first_line(e):
 def configure(cls, argv, options_of=lambda cfg: {}):
     """[CONFIG] [--name=value ...] -> an instance of the dataclass `cls`.
 
-    `options_of(cfg)` gives the names and defaults that are accepted beside the fields, known only
-    once the fields are: an objective's own options. They come back as the dictionary
-    `cfg.options`.
+    `options_of(cfg)` returns further names with their defaults, which may depend on the fields:
+    the options of the chosen objective. Their values become the dictionary `cfg.options`.
     """
     given, argv = {}, list(argv)                           # name -> (value, where it was set)
     if argv and not argv[0].startswith('-'):
@@ -131,8 +129,7 @@ def run(main, doc):
 
 @contextlib.contextmanager
 def atomic_write(path, mode='w'):
-    """A file to write. `path` holds the old content or all of the new, whatever happens in
-    between."""
+    """A file to write. A crash leaves `path` with its old content or all of the new."""
     part = f'{path}.{os.getpid()}.tmp'
     try:
         with open(part, mode, encoding=None if 'b' in mode else 'utf-8') as f:
@@ -149,7 +146,7 @@ def atomic_write(path, mode='w'):
 
 
 def read_json(path, missing=None):
-    """The object in a JSON file; `missing`, unless None, where there is no file."""
+    """Load a JSON object. Without the file: `missing`, or an error if that is None."""
     if missing is not None and not os.path.exists(path):
         return missing
     try:

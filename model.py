@@ -5,12 +5,11 @@ A GPT from scratch: packed preference pairs in, one log-prob per response token 
     logps = model.token_logps(batch)                       # (N,) float32, one per response token
     batch.sum_by_response(logps)                           # (B, 2): log pi(y|x)
 
-One Block serves GPT-2 and models of today (Llama, Mistral, Qwen): each difference between them is
-a field of GPTConfig. A pair's prompt stands once, its responses follow, and there is no padding
-between pairs:
+One Block covers GPT-2, Llama, Mistral and Qwen: each difference is a field of GPTConfig. A pair's
+prompt is stored once and shared by its responses, and there is no padding between pairs:
 
     tokens     p p p p | c c c | r r r r |  next pair ...
-    position   0 1 2 3 | 4 5 6 | 4 5 6 7 |          rejected takes up where the prompt ended
+    position   0 1 2 3 | 4 5 6 | 4 5 6 7 |          rejected also continues from the prompt
     branch     0 0 0 0 | 1 1 1 | 2 2 2 2 |
 
 Left out: dropout (DPO compares log-probs, and dropout makes them noisy), sharding over GPUs.
@@ -32,8 +31,7 @@ import torch.nn.functional as F
 
 
 def visible(pair, branch, q, k):
-    """The attention mask: may the query at q see the key at k? Indices of shapes that
-    broadcast."""
+    """The attention mask: True where query q may attend to key k, indices that broadcast."""
     return (pair[q] == pair[k]) & (k <= q) & ((branch[k] == 0) | (branch[k] == branch[q]))
 
 
@@ -87,7 +85,8 @@ def pack(pairs, pad_to=0):
     branch = np.repeat(np.tile(np.arange(1 + K), B), sizes)
     pair = np.repeat(np.repeat(np.arange(B), 1 + K), sizes)
     response = branch > 0
-    last_of_prompt = (begin[::1 + K] + prompts - 1)[pair]
+    first_of_prompt = begin[::1 + K]
+    last_of_prompt = (first_of_prompt + prompts - 1)[pair]
     before = np.where(within == 0, last_of_prompt, index - 1)   # where a token is predicted
 
     def padded(a, value=0):
@@ -101,7 +100,7 @@ def pack(pairs, pad_to=0):
         targets=torch.from_numpy(tokens[response]),
         owner=torch.from_numpy((pair * K + branch - 1)[response]),
         lengths=torch.from_numpy(lengths.astype(np.int64)),
-        starts=begin[::1 + K].tolist() + [T])
+        starts=first_of_prompt.tolist() + [T])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -135,8 +134,8 @@ def bias_of(mask):
 
 
 def pieces_mask(batch, piece=128):
-    """`visible` as a list of biases (t, t), one for each pair; pairs that are together shorter
-    than `piece` tokens share one. Nothing is computed between pieces."""
+    """`visible` as a block-diagonal mask: a list of (t, t) biases, each for whole pairs of about
+    `piece` tokens together. Nothing is computed between pieces."""
     cuts, T = [0], batch.tokens.numel()
     starts = batch.starts + [T] * (batch.starts[-1] < T)        # padding is one more piece
     for start, stop in zip(starts, starts[1:]):
@@ -154,12 +153,14 @@ def block_mask(batch, size=128):
     """
     from torch.nn.attention.flex_attention import BlockMask
     pair, branch, T = batch.pair, batch.branch, batch.tokens.numel()
-    order = torch.where(pair < 0, T - pair, pair)               # padding, at the end, counts on
-    order = F.pad(order, (0, -T % size), value=3 * T).view(-1, size)
-    first, last = order[:, 0], order[:, -1]
-    index = torch.arange(len(order), device=pair.device)
+    # ids that ascend along the batch, padding included (3 T is above them all)
+    ascending = torch.where(pair < 0, T - pair, pair)
+    ascending = F.pad(ascending, (0, -T % size), value=3 * T).view(-1, size)
+    first, last = ascending[:, 0], ascending[:, -1]
+    index = torch.arange(len(first), device=pair.device)
     overlap = (first[:, None] <= last) & (first <= last[:, None]) & (index <= index[:, None])
     kv_num_blocks = overlap.sum(1, dtype=torch.int32)           # (queries,)
+    # each row: the blocks to visit in ascending order, then the rest
     kv_indices = overlap.int().argsort(dim=1, descending=True, stable=True).int()
     return BlockMask.from_kv_blocks(
         kv_num_blocks[None, None], kv_indices[None, None], BLOCK_SIZE=size, seq_lengths=(T, T),
@@ -193,14 +194,14 @@ class ChunkedLogps(torch.autograd.Function):
         return torch.mm(a, b).to(torch.promote_types(a.dtype, torch.float32))
 
     @staticmethod
-    def forward(ctx, h, weight, targets, learns):      # (N, d), (V, d), (N,), bool -> (N,)
+    def forward(ctx, h, weight, targets, needs_grad):  # (N, d), (V, d), (N,), bool -> (N,)
         device = h.device.type
         low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
         dtype = low if h.is_cuda else torch.promote_types(low, torch.float32)
         ctx.dtypes = h.dtype, weight.dtype
         h, weight, N = h.to(dtype), weight.to(dtype), len(h)
         logps = h.new_empty(N, dtype=torch.promote_types(dtype, torch.float32))
-        error = h.new_empty(N, len(weight), dtype=low) if learns else None
+        error = h.new_empty(N, len(weight), dtype=low) if needs_grad else None
         size = 2**27 if h.is_cuda else 2**23                    # logits: 512 MiB on a GPU, else 32
         rows = max(1, size // len(weight))
         with torch.autocast(device, enabled=False):
@@ -209,10 +210,10 @@ class ChunkedLogps(torch.autograd.Function):
                 logits = ChunkedLogps.product(h[chunk], weight.t())                    # (rows, V)
                 total = logits.logsumexp(dim=1, keepdim=True)
                 logps[chunk] = (logits.gather(1, targets[chunk, None]) - total)[:, 0]
-                if learns:
+                if needs_grad:
                     error[chunk] = logits.sub_(total).exp_()                           # softmax
                 del logits                                      # before the next chunk's
-        if learns:                            # at the target p - 1 = expm1(log p), exact near p = 1
+        if needs_grad:                        # at the target p - 1 = expm1(log p), exact near p = 1
             error[torch.arange(N, device=h.device), targets] = torch.expm1(logps).to(low)
         ctx.save_for_backward(error, h, weight)
         return logps
@@ -221,13 +222,13 @@ class ChunkedLogps(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):                                    # (N,)
         error, h, weight = ctx.saved_tensors
-        minus, low = -grad[:, None], error.dtype
+        neg_grad, low = -grad[:, None], error.dtype
         grad_h = grad_weight = None
         with torch.autocast(h.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                grad_h = (minus * (error @ weight.to(low))).to(ctx.dtypes[0])          # (N, d)
+                grad_h = (neg_grad * (error @ weight.to(low))).to(ctx.dtypes[0])          # (N, d)
             if ctx.needs_input_grad[1]:
-                grad_weight = ChunkedLogps.product(error.t(), (minus * h).to(low))     # (V, d)
+                grad_weight = ChunkedLogps.product(error.t(), (neg_grad * h).to(low))  # (V, d)
                 grad_weight = grad_weight.to(ctx.dtypes[1])
         return grad_h, grad_weight, None, None
 
@@ -243,7 +244,7 @@ class GPTConfig:
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
-    # what models of today do differently from GPT-2; 0 stands for the value in brackets
+    # differences of newer models from GPT-2; 0 means the default in brackets
     n_kv_head: int = 0          # grouped-query attention [n_head]
     head_dim: int = 0           # [n_embd / n_head]
     n_inner: int = 0            # width of the MLP [4 n_embd]
@@ -374,5 +375,5 @@ class GPT(nn.Module):
         up."""
         mask = pieces_mask(batch) if batch.mask is None else batch.mask
         x = self.packed_hidden(batch.tokens, batch.positions, mask)[batch.scored]      # (N, d)
-        learns = torch.is_grad_enabled()
-        return ChunkedLogps.apply(x, self.head_weight, batch.targets, learns)          # (N,)
+        needs_grad = torch.is_grad_enabled()
+        return ChunkedLogps.apply(x, self.head_weight, batch.targets, needs_grad)      # (N,)

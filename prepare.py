@@ -1,12 +1,12 @@
 """
-Preference pairs, from anywhere, to token files that train.py maps into memory.
+Preference data, from files or the hub, to token files that train.py maps into memory.
 
     python prepare.py my_pairs.jsonl.gz --show=3           # look first, write nothing
     python prepare.py Anthropic/hh-rlhf:harmless-base      # the hub; a subset after the colon
     python prepare.py pairs.csv --tokenizer=my-model       # a model's tokenizer and template
 
 train.py calls this by itself. Sources: .jsonl, .jsonl.gz, .json (one list), .csv, .tsv, .parquet,
-and any data set of the hub. The shapes of records, told apart by their keys:
+and any data set of the hub. Shapes of records, detected from their keys:
 
     {"prompt": "...", "chosen": "...", "rejected": "..."}       strings, taken byte for byte
     {"chosen": "\\n\\nHuman: ...", "rejected": ...}             transcripts: they share the prompt
@@ -22,9 +22,10 @@ All may have "chosen_score" and "rejected_score", and the numbers of NUMBERS. Fo
 `convert` in a config file: a function from a record to one of these, or to None to leave it out.
 
 A chat is written by the model's own template, or as \\n\\nHuman: ... \\n\\nAssistant: ... without
-one. Output: data/NAME-KEY/ with tokens.bin (all tokens, end to end), pairs.npy (a table of where
-they are) and meta.json. KEY is a hash of the settings, the source and this file: an edit prepares
-anew. Left out: cleaning, deduplication, mixing of sources, tools and documents in chats.
+one. Prompt and response are tokenized apart, and a response ends with the end-of-text token.
+Output: data/NAME-KEY/ with tokens.bin (all tokens, end to end), pairs.npy (a table of where each
+pair is) and meta.json. KEY is a hash of the settings, the source file and this code, so an edit
+invalidates the cache. Left out: cleaning, deduplication, mixing of sources, tools in chats.
 """
 import csv
 import functools
@@ -53,7 +54,7 @@ from configurator import InputError, configure, first_line, run
 from tokenizer import ASSISTANT, MARK, Tokenizer, get_tokenizer, plain_chat
 
 CHUNK = 2**20           # bytes of records that a worker takes at a time
-# Numbers that a record may have, with their defaults. An objective asks for one by its name.
+# Numbers that a record may have, with their defaults. An objective gets one by naming it.
 NUMBERS = {'p': 1.0,        # the probability that chosen is better
            'margin': 0.0}   # by how much it is better, for reward models
 
@@ -77,7 +78,7 @@ class Data:
 
 
 # --------------------------------------------------------------------------------------------------
-# Records: any shape -> (prompt, [best response, ..., worst], numbers, notes)
+# Records: any shape -> (prompt, [best response, ..., worst], numbers)
 
 SHAPES = ('prompt, chosen, rejected; chosen, rejected; messages or conversations; instruction or '
           'question; response_j, response_k; output_1, output_2, preference; prompt, responses')
@@ -147,8 +148,8 @@ def split_transcripts(chosen, rejected):
     return chosen[:at], [chosen[at:], rejected[at:]]
 
 
-def is_whole_chat(response):
-    """Does it begin with the prompt? UltraFeedback's do, and its "messages" repeat one of them."""
+def has_prompt(response):
+    """True for a chat that includes its prompt: UltraFeedback's, whose "messages" repeat one."""
     return isinstance(response, list) and chat_of(response, 'chosen')[0]['role'] != 'assistant'
 
 
@@ -190,7 +191,7 @@ def read_record(record, template='', label_from_scores=False):
 
     keyed, prompt = responses_of(r), r.get('prompt')
     texts = all(isinstance(response, str) for _, response in keyed)
-    if 'messages' in r and not (keyed and is_whole_chat(keyed[0][1])):
+    if 'messages' in r and not (keyed and has_prompt(keyed[0][1])):
         prompt = chat_of(r['messages'], 'messages')
         if not keyed:                        # no comparison: the last turn is the response
             prompt, keyed, texts = prompt[:-1], [('messages', prompt[-1:])], False
@@ -216,7 +217,7 @@ def read_record(record, template='', label_from_scores=False):
 
 
 # --------------------------------------------------------------------------------------------------
-# Sources: anything -> a stream of (where it stands, raw record)
+# Sources: a file or a hub name -> a stream of (location, raw record)
 
 
 def read_lines(path):
@@ -461,7 +462,7 @@ def table_dtype(K):
 
 
 def source_text(source):
-    """The text of the file that a function or a class is from: what a cache must not outlive."""
+    """The source file of a function or a class, as text: part of a cache's key."""
     methods = [f for f in vars(source).values() if inspect.isfunction(f)]
     with open((methods or [source])[0].__code__.co_filename, encoding='utf-8') as f:
         return f.read()
@@ -527,8 +528,8 @@ def write_files(stream, folder, settings):
     starts, K = (np.cumsum(sizes) - sizes).tolist(), len(rows[0][3])
     ragged = [row[0] + 1 for row in rows if len(row[3]) != K]
     if ragged and settings['bad_records'] != 'skip':
-        raise InputError(f'{settings["dataset"]}: record {ragged[0]} has not {K} responses, as the '
-                         'first has (--bad_records=skip leaves such records out)')
+        raise InputError(f'{settings["dataset"]}: record {ragged[0]} does not have {K} responses '
+                         'like the first one (--bad_records=skip leaves such records out)')
     counts.update({'dropped: bad records': len(ragged)} if ragged else {})
     kept = [(start, *row) for start, row in zip(starts, rows) if len(row[3]) == K]
     table = np.array(kept, dtype=table_dtype(K))
@@ -544,7 +545,7 @@ def write_files(stream, folder, settings):
 
 
 def report(table, counts):
-    """What became of the records: read, kept, cut, dropped; and percentiles of the lengths."""
+    """A summary: records read, kept, cut and dropped; percentiles of the lengths."""
     val, K = int(table['val'].sum()), table['responses'].shape[1]
     lines = [f'{counts["read"]:>9,} records read',
              f'{len(table):>9,} kept: {len(table) - val:,} to train on, {val:,} to validate']

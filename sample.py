@@ -1,5 +1,5 @@
 """
-Sample from a policy: completions, alone or beside another model's; or a chat.
+Sample from a model: completions, optionally next to another model's; or a chat.
 
     python sample.py out/dpo_demo --prompt="ann on iron river (war):"
     python sample.py out/dpo_demo --compare=out/sft_demo --prompts=val --n=2   # validation prompts
@@ -104,7 +104,7 @@ def generate(model, prompts, max_new_tokens, ends, temperature=1.0, top_k=0, top
 
 
 def plain_generate(model, prompt, max_new_tokens, ends):
-    """Greedy, one prompt, the whole text anew for every token: the slow twin of `generate`."""
+    """Greedy, one prompt, without a cache: the slow twin of `generate`."""
     tokens = list(prompt)
     while len(tokens) < min(len(prompt) + max_new_tokens, model.config.block_size):
         with torch.no_grad():
@@ -155,11 +155,11 @@ class Options:
     template: str = ''           # 'chat': a prompt is a user turn of the chat template
     batch_size: int = 32         # completions made together
     out: str = ''                # a .jsonl file
-    device: str = ''             # empty: cuda where there is one, else cpu
+    device: str = ''             # empty: cuda if available, else cpu
 
 
 def find_device(name=''):
-    """'cpu' or 'cuda'; empty: cuda where there is one. Raises InputError where it is not there."""
+    """'cpu' or 'cuda'; empty: cuda if available. Raises InputError if it is not."""
     cuda = torch.cuda.is_available()
     if name not in ('', 'cpu', 'cuda') or (name == 'cuda' and not cuda):
         raise InputError(f'device {name!r} is not available here; use cpu')
@@ -180,7 +180,7 @@ def read_prompts(o, name, tokenizer):
     if o.prompts == 'val':               # as they were prepared for the run
         path = find(name)
         if os.path.isdir(path):
-            raise InputError(f"prompts: 'val' needs a run's folder, and {name} is none")
+            raise InputError(f"prompts: 'val' needs the folder of a run, not {name}")
         pairs = Pairs(load_checkpoint(path)['prepared'])
         ids = [pairs[i][0].tolist() for i in pairs.val[:o.limit or None]]
         return [(tokenizer.decode(x), x) for x in ids]
@@ -252,7 +252,7 @@ def main(argv):
         return chat(models[0], o, tokenizer)
     prompts = read_prompts(o, names[0], tokenizer)
     if not prompts:
-        raise InputError('prompts: there are none')
+        raise InputError(f'prompts: {o.prompts} is empty')
     answers = [complete(model, [ids for _, ids in prompts], o, tokenizer) for model in models]
     lines = []
     for (prompt, ids), *each in zip(prompts, *answers):

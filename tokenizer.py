@@ -23,7 +23,9 @@ from configurator import InputError, first_line, read_json
 
 END = '<|endoftext|>'
 ASSISTANT = '\n\nAssistant:'
-MARK = '\ufdd0'         # a code point that is no character, so no text has it
+# A noncharacter, which no text has. `render` puts it inside words of a message that spell a special
+# token, so that they are encoded as text; `encode_rendered` drops it afterwards.
+MARK = '\ufdd0'
 
 
 class Tokenizer:
@@ -60,9 +62,9 @@ class Tokenizer:
         self.n_vocab, self.eot = self.hf.get_vocab_size(), ends[0] if eos is None else eos
         self.ends = {self.eot, *ends}
         self.bos = self.hf.token_to_id(words.get('bos_token', ''))
-        probe = self.hf.encode('a', add_special_tokens=False).ids
+        plain = self.hf.encode('a', add_special_tokens=False).ids
         opened = self.hf.encode('a').ids
-        self.begin = opened[:opened.index(probe[0])]
+        self.begin = opened[:opened.index(plain[0])]    # what it puts before any text
         added = self.hf.get_added_tokens_decoder().items()
         self.special = {t.content: i for i, t in added if t.special}
         longest_first = sorted(self.special, key=len, reverse=True)
@@ -76,6 +78,7 @@ class Tokenizer:
             self.template = compile_template(source, name, words)
             chat = [dict(role='user', content='a'), dict(role='assistant', content='b')]
             closing = self.encode_rendered(self.render(chat).rpartition('b')[2]).tolist()
+            # sampling also stops at the first special token after an assistant's turn
             self.ends |= set([i for i in closing if i in self.special.values()][:1])
 
     def encode(self, text):
@@ -95,8 +98,7 @@ class Tokenizer:
         return self.hf.decode(list(ids), skip_special_tokens=False)
 
     def render(self, messages, opening=False):
-        """Messages -> text by the chat template; `opening` adds the start of the assistant's turn.
-        What spells a special token inside a message is marked as text for encode_rendered."""
+        """Messages -> text by the chat template; `opening` adds the start of the answer."""
         def mark(found):
             return found[0][0] + MARK + found[0][1:]
         marked = [m | dict(content=self.special_words.sub(mark, m['content'])) for m in messages]
@@ -114,11 +116,10 @@ class Tokenizer:
         return np.append(self.begin, ids).astype(np.uint32)
 
     def encode_rendered(self, text):
-        """Text of the template -> (n,) ids: its special tokens are tokens, those of messages are
-        text."""
+        """Rendered text -> (n,) ids: special tokens of the template only, not of messages."""
         encoded = self.hf_encode(text, as_text=False)
         ids = np.array(encoded.ids, dtype=np.uint32)
-        if MARK in text:                 # the marks broke the words of messages up; now they go
+        if MARK in text:
             ids = ids[[text[start:end] != MARK for start, end in encoded.offsets]]
         return ids
 

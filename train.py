@@ -52,10 +52,10 @@ class Config(Data):
     reference_from: str = ''            # the reference; empty: the policy at the start
     model_class: type = GPT
     resume: bool = False                # continue from out_dir/ckpt.pt, exactly
-    overwrite: bool = False             # start anew though out_dir holds a run
-    eval_only: bool = False             # evaluate out_dir's run, or init_from where there is none
-    # x stands for the function x_loss of dpo.py or simpo.py; its options (beta, gamma,
-    # label_smoothing, ...) are settings, too
+    overwrite: bool = False             # replace the run in out_dir
+    eval_only: bool = False             # evaluate out_dir's run, or init_from if there is none
+    # name x: the function x_loss of dpo.py or simpo.py. Its options (beta, gamma, label_smoothing,
+    # ...) are settings, too
     loss: str | Callable = 'dpo'
     reference: str = 'cached'           # its log-probs are computed once; 'live': at every step
     # optimisation
@@ -79,15 +79,15 @@ class Config(Data):
     log_interval: int = 10
     at_end: Callable | None = None      # called with (model, cfg) when the run is done
     # the machine
-    device: str = ''                    # cuda where there is one, else cpu
+    device: str = ''                    # cuda if available, else cpu
     dtype: str = ''                     # bfloat16 on cuda; float32 on a CPU and under eval_only
-    compile: bool | None = None         # torch.compile; None: on cuda
+    compile: bool | None = None         # torch.compile; None: only on cuda
 
 
 # --------------------------------------------------------------------------------------------------
 # Settings
 
-# what the loop passes to an objective that names it; the rest of its signature are options
+# What the loop passes to an objective that names it. Its other parameters are its options.
 SUPPLIED = ('policy_logps', 'policy_chosen_logps', 'policy_rejected_logps',
             'reference_logps', 'reference_chosen_logps', 'reference_rejected_logps',
             'lengths', 'chosen_lengths', 'rejected_lengths', *NUMBERS)
@@ -115,14 +115,14 @@ def loss_options(cfg):
     return options
 
 
-def asks_for(cfg, *words):
-    """Does the objective's signature name something with one of the words in it?"""
-    return any(word in name for name in signature_of(cfg) for word in words)
+def asks_for(cfg, word):
+    """Does the objective take an argument of SUPPLIED with this word in its name?"""
+    return any(word in name for name in signature_of(cfg) if name in SUPPLIED)
 
 
 def compares(cfg):
-    """Does the objective look at more than the chosen response?"""
-    return asks_for(cfg, 'rejected', 'policy_logps')
+    """Does the objective use more than the chosen response?"""
+    return asks_for(cfg, 'rejected') or 'policy_logps' in signature_of(cfg)
 
 
 def load_config(argv, cls=Config):
@@ -288,8 +288,8 @@ def autocast(cfg):
     return torch.autocast(cfg.device, dtype=torch.bfloat16, enabled=cfg.dtype == 'bfloat16')
 
 
-def live_logps(model, cfg):
-    """A model, asked anew for every batch."""
+def no_grad_logps(model, cfg):
+    """-> f(rows, batch), which runs the model on the batch without gradients."""
     @torch.no_grad()
     def logps(rows, batch):
         with autocast(cfg):
@@ -298,7 +298,7 @@ def live_logps(model, cfg):
 
 
 def cached_logps(model, fingerprint, pairs, rows, cfg):
-    """The model's log-probs of the pairs at `rows`, computed once and kept in a file of data_dir.
+    """-> f(rows, batch), which looks log-probs up in a file of data_dir, computed here once.
 
     The file's name is a hash of all that the numbers depend on: weights, tokens, precision and the
     source of the model. What is not computed yet is NaN, so an interruption loses little.
@@ -321,10 +321,10 @@ def cached_logps(model, fingerprint, pairs, rows, cfg):
     if WORLD > 1:
         dist.barrier()
     table = np.memmap(path, np.float32, mode='r+')
-    missing = rows[np.isnan(table[start[rows] + lengths[rows] - 1])]
+    missing = rows[np.isnan(table[start[rows] + lengths[rows] - 1])]    # by a pair's last token
     if WORLD > 1:
         dist.barrier()                                     # all have looked before one writes
-    mine, logps = missing[RANK::WORLD], live_logps(model, cfg)
+    mine, logps = missing[RANK::WORLD], no_grad_logps(model, cfg)
     with progress('reference', len(mine)) as bar:
         for i in range(0, len(mine), 256):                 # enough pairs to fill batches well
             for members, batch in batches(pairs, mine[i:i + 256], pairs.K, cfg):
@@ -340,8 +340,8 @@ def cached_logps(model, fingerprint, pairs, rows, cfg):
 
 
 def make_reference(model, pairs, rows, cfg):
-    """-> the reference as such a function, None where the objective asks for none; the frozen
-    model, None where it need not stay in memory; a hash of its weights."""
+    """Compile the policy and make its reference -> (f(rows, batch), or None without a reference;
+    the frozen model if it stays in memory; a hash of its weights)"""
     if not asks_for(cfg, 'reference'):
         compile_model(model, cfg)
         return None, None, ''
@@ -355,7 +355,7 @@ def make_reference(model, pairs, rows, cfg):
     if frozen is not model:
         compile_model(frozen.requires_grad_(False), cfg)
     if cfg.reference == 'live':
-        return live_logps(frozen, cfg), frozen, fingerprint
+        return no_grad_logps(frozen, cfg), frozen, fingerprint
     return cached_logps(frozen, fingerprint, pairs, rows, cfg), None, fingerprint
 
 
@@ -367,8 +367,8 @@ def compile_model(model, cfg):
 
 
 def check_same(logps, reference_logps, cfg):
-    """While the policy still is the reference, both must say the same: an edit of the code that
-    only one of them went through shows here."""
+    """At step 0 policy and reference must agree. Catches an edit that only one of them went
+    through."""
     bf16 = cfg.dtype == 'bfloat16'
     if not torch.allclose(logps, reference_logps, rtol=0.02 if bf16 else 1e-3,
                           atol=0.5 if bf16 else 1e-3):
@@ -389,7 +389,7 @@ def metric_sums(losses, chosen_rewards, rejected_rewards, logps):
     c, r = chosen_rewards, rejected_rewards
     if c is None:
         c = r = torch.full_like(losses, math.nan)
-    accuracy = ((c > r) + 0.5 * (c == r)) + 0 * c          # a tie counts one half
+    accuracy = torch.where(c.isnan(), c, (c > r) + 0.5 * (c == r))      # a tie counts one half
     rows = (losses, c, r, c - r, accuracy, logps[:, 0], logps[:, -1])
     return torch.stack([row.detach().double().sum() for row in rows])
 
@@ -397,7 +397,8 @@ def metric_sums(losses, chosen_rewards, rejected_rewards, logps):
 def metric_means(sums, n, K):
     """Sums over n pairs -> {metric: mean}; of those that this objective and K responses have."""
     means = dict(zip(METRICS, (sums / n).tolist()))
-    return {k: v for k, v in means.items() if v == v and (K > 1 or 'rejected' not in k)}
+    return {name: mean for name, mean in means.items()
+            if not math.isnan(mean) and (K > 1 or 'rejected' not in name)}
 
 
 def progress(what, total):
@@ -536,7 +537,7 @@ def check_resume(checkpoint, path, cfg, state):
 
 
 def open_log(cfg, log_bytes):
-    """log.jsonl, cut to where the checkpoint stands: later lines are written again."""
+    """Open log.jsonl, cut to its length at the checkpoint: a resumed run logs later steps again."""
     if RANK > 0:
         return open(os.devnull, 'wb')
     os.makedirs(cfg.out_dir, exist_ok=True)
@@ -590,7 +591,7 @@ def check_finite(step, loss, grad_norm, losses_of, pairs):
 
 
 def evaluate_only(cfg, model, policy, reference, pairs, ckpt):
-    """Metrics of out_dir's run, or of init_from where there is none, and eval.jsonl."""
+    """Evaluate out_dir's run, or init_from if there is none -> metrics, and eval.jsonl."""
     name = cfg.init_from
     if os.path.exists(ckpt):
         restore(model, name := ckpt)
@@ -613,7 +614,7 @@ def train(cfg):
     fingerprint = fingerprint_of(model)
     reference, frozen, reference_hash = make_reference(
         model, pairs, np.union1d(pairs.val, order), cfg)
-    policy = live_logps(model, cfg)
+    policy = no_grad_logps(model, cfg)
     if cfg.eval_only:
         return evaluate_only(cfg, model, policy, reference, pairs, ckpt)
 

@@ -5,8 +5,8 @@ Models in and out: the hub, folders of transformers, a run's checkpoint.
     model = load('out/dpo_demo')               # a run: its ckpt.pt; out/dpo_demo/best.pt works, too
     python weights.py out/dpo_gpt2 my-model    # any of these -> a folder that transformers loads
 
-Families: gpt2, llama (SmolLM, too), mistral, qwen2, qwen3. Files are only read, no code in them
-is run. Left out: quantised weights, adapters, sliding windows, rope scaling other than Llama 3's.
+Families: gpt2, llama (SmolLM, too), mistral, qwen2, qwen3. Never executes code from model files.
+Left out: quantised weights, adapters, sliding windows, rope scaling other than Llama 3's.
 """
 import contextlib
 import glob
@@ -216,8 +216,7 @@ def load_checkpoint(path):
 
 
 def tokenizer_of(name):
-    """The tokenizer that a model was trained with, for prepare.get_tokenizer: a folder or a
-    name."""
+    """The tokenizer that a model was trained with, for get_tokenizer: a folder or a name."""
     path = find(name)
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     if os.path.exists(os.path.join(folder, 'tokenizer.json')):

@@ -5,10 +5,10 @@
 #
 # Data: 160,800 pairs from the hub, some 350 MB. Your own: --dataset=pairs.jsonl
 #
-# Settings of the paper (Rafailov et al. 2023, arXiv:2305.18290, appendix B): beta 0.1, batches of 64
-# pairs, a learning rate of 1e-6 after 150 steps of linear warm-up. Theirs was RMSprop, ours is AdamW;
-# their models had 2.8 billion parameters, so expect to raise the rate for GPT-2's 124 million.
-# Not yet run on a GPU by us, so no duration and no result to compare with.
+# Settings of the paper (Rafailov et al. 2023, arXiv:2305.18290, appendix B): beta 0.1, batches of
+# 64 pairs, a learning rate of 1e-6 after 150 steps of linear warm-up. Theirs was RMSprop, ours is
+# AdamW; their models had 2.8 billion parameters, so expect to raise the rate for GPT-2's 124
+# million. Not yet run on a GPU by us, so no duration and no result to compare with.
 
 out_dir = 'out/dpo_gpt2'
 init_from = 'gpt2'

@@ -5,10 +5,11 @@
 #
 # Data: 61,135 pairs from the hub. Your own: --dataset=pairs.jsonl
 #
-# Beta 0.5, a learning rate of 1e-6, two epochs, a cosine schedule with a tenth of the steps as warm-up
-# and the lengths are those of the model's authors (alignment-handbook, recipes/smollm2/dpo/
-# config_smol.yaml, for the model before its own DPO). Small random Llamas have been trained through
-# this file's settings on a CPU; these weights, this data and a GPU have not been at hand.
+# Beta 0.5, a learning rate of 1e-6, two epochs, a cosine schedule with a tenth of the steps as
+# warm-up and the lengths are those of the model's authors (alignment-handbook,
+# recipes/smollm2/dpo/config_smol.yaml, for the model before its own DPO). Small random Llamas
+# have been trained through this file's settings on a CPU; these weights, this data and a GPU were
+# not available to us.
 
 out_dir = 'out/dpo_smollm2'
 init_from = 'HuggingFaceTB/SmolLM2-360M-Instruct'

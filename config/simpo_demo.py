@@ -1,10 +1,11 @@
-# SimPO in the built-in world (lab/films.py): as config/dpo_demo.py, without a reference in the loss.
+# SimPO in the built-in world (lab/films.py): as config/dpo_demo.py, without a reference in the
+# loss.
 #
 #   python train.py config/simpo_demo.py
 #
-# Data: the same 6,000 pairs. Expect 80% of the optimum's gain at a KL of 0.2, in a minute or two on
-# two cores where the base model is there. beta and gamma are within what the paper searched (Meng et
-# al. 2024: beta 2.0 to 2.5, gamma 0.3 to 1.6).
+# Data: the same 6,000 pairs. Expect 80% of the optimum's gain at a KL of 0.2, in a minute or two
+# on two cores where the base model is there. beta and gamma are within what the paper searched
+# (Meng et al. 2024: beta 2.0 to 2.5, gamma 0.3 to 1.6).
 from lab import films
 
 out_dir = 'out/simpo_demo'

@@ -4,10 +4,10 @@
 #
 # Data: 61,135 pairs from the hub (long responses). Your own: --dataset=pairs.jsonl
 #
-# Settings of the paper (Meng et al. 2024, arXiv:2405.14734): beta 2.0 to 2.5, gamma 0.3 to 1.6, batches
-# of 128 pairs, a cosine schedule with a tenth of the steps as warm-up, one epoch. They searched learning
-# rates of 3e-7 to 1e-6 for models of 7 and 8 billion parameters; GPT-2 wants more.
-# Not yet run on a GPU by us, so no duration and no result to compare with.
+# Settings of the paper (Meng et al. 2024, arXiv:2405.14734): beta 2.0 to 2.5, gamma 0.3 to 1.6,
+# batches of 128 pairs, a cosine schedule with a tenth of the steps as warm-up, one epoch. They
+# searched learning rates of 3e-7 to 1e-6 for models of 7 and 8 billion parameters; expect to raise
+# the rate for GPT-2. Not yet run on a GPU by us, so no duration and no result to compare with.
 
 out_dir = 'out/simpo_gpt2'
 init_from = 'gpt2'

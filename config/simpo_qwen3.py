@@ -6,9 +6,9 @@
 # Data: 61,135 pairs from the hub. Your own: --dataset=pairs.jsonl
 #
 # Beta, the ratio gamma / beta = 0.55 and the learning rate are those of SimPO's authors for
-# Llama-3-8B-Instruct (Meng et al. 2024, arXiv:2405.14734, and their repository); a smaller model may
-# want a larger rate. Small random Qwen3s have been trained through this file's settings on a CPU;
-# these weights, this data and a GPU have not been at hand.
+# Llama-3-8B-Instruct (Meng et al. 2024, arXiv:2405.14734, and their repository); a smaller model
+# may want a larger rate. Small random Qwen3s have been trained through this file's settings on a
+# CPU; these weights, this data and a GPU were not available to us.
 
 out_dir = 'out/simpo_qwen3'
 init_from = 'Qwen/Qwen3-0.6B'
