@@ -262,6 +262,10 @@ class GPTConfig:
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         self.n_inner = self.n_inner or 4 * self.n_embd
+        assert self.norm in ('layer', 'rms'), f"norm is {self.norm!r}, not 'layer' or 'rms'"
+        assert self.bias in ('all', 'qkv', 'none'), f"bias is {self.bias!r}, not all, qkv or none"
+        assert self.n_head % self.n_kv_head == 0, 'n_kv_head does not divide n_head'
+        assert self.head_dim % 2 == 0 or not self.rope_theta, 'rotary positions need an even width'
 
 
 def make_norm(width, config):

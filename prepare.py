@@ -51,7 +51,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import InputError, configure, first_line, run
-from tokenizer import ASSISTANT, MARK, Tokenizer, get_tokenizer, plain_chat
+from tokenizer import ASSISTANT, MARK, get_tokenizer, plain_chat
 
 CHUNK = 2**20           # bytes of records that a worker takes at a time
 # Numbers that a record may have, with their defaults. An objective gets one by naming it.
@@ -75,6 +75,7 @@ class Data:
     label_from_scores: bool = False     # p = sigma(chosen_score - rejected_score)
     convert: Callable | None = None     # record -> record of a known shape, or None
     data_dir: str = 'data'
+    show: int = 0                       # print so many records, write nothing
 
 
 # --------------------------------------------------------------------------------------------------
@@ -461,11 +462,23 @@ def table_dtype(K):
                      ('responses', '<i4', (K,)), *((name, '<f4') for name in NUMBERS)])
 
 
-def source_text(source):
-    """The source file of a function or a class, as text: part of a cache's key."""
-    methods = [f for f in vars(source).values() if inspect.isfunction(f)]
-    with open((methods or [source])[0].__code__.co_filename, encoding='utf-8') as f:
-        return f.read()
+def source_texts(*objects):
+    """The source files of functions and classes, and of all that these import from this folder or
+    the working one: part of a cache's key, so that no edit goes unnoticed."""
+    roots, texts, scopes = (os.path.dirname(os.path.abspath(__file__)), os.getcwd()), {}, []
+    for x in objects:
+        functions = (f for f in (x, *vars(x).values()) if inspect.isfunction(f))
+        scopes += [f.__globals__ for f in functions] or [vars(sys.modules[x.__module__])]
+    while scopes:
+        scope = scopes.pop()
+        path = os.path.abspath(scope.get('__file__') or '/')
+        if path not in texts and path.startswith(roots) and 'site-packages' not in path:
+            with open(path, encoding='utf-8') as f:
+                texts[path] = f.read()
+            modules = (x if inspect.ismodule(x) else sys.modules.get(getattr(x, '__module__', ''))
+                       for x in list(scope.values()))
+            scopes += [vars(module) for module in modules if module is not None]
+    return sorted(texts.values())
 
 
 def check_data(cfg):
@@ -484,10 +497,9 @@ def prepare(cfg):
     """Tokenize cfg.dataset unless cached -> the folder. Raises InputError and leaves nothing."""
     check_data(cfg)
     settings = {f.name: getattr(cfg, f.name) for f in fields(Data)
-                if f.name not in ('convert', 'data_dir')}
+                if f.name not in ('convert', 'data_dir', 'show')}
     settings['tokenizer'] = cfg.tokenizer or 'gpt2'
-    made_of = [settings, source_text(prepare), source_text(Tokenizer),
-               cfg.convert and source_text(cfg.convert)]
+    made_of = [settings, source_texts(prepare, *([cfg.convert] if cfg.convert else []))]
     tokenizer_files = [os.path.join(settings['tokenizer'], name) for name in ('*token*', '*.jinja')]
     for pattern in (glob.escape(cfg.dataset), *tokenizer_files):
         made_of += [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns]
@@ -584,11 +596,11 @@ class Pairs:
 # The command
 
 
-def show(cfg, n):
-    """Print the first n records as training sees them: where a response begins, what was cut."""
+def show(cfg):
+    """Print the first records as training sees them: where a response begins, what was cut."""
     check_data(cfg)
     tokenizer = get_tokenizer(cfg.tokenizer or 'gpt2')
-    for _, where, raw in itertools.islice(records_of(cfg), n):
+    for _, where, raw in itertools.islice(records_of(cfg), cfg.show):
         try:
             _, ids, responses, numbers, notes = encode_record(raw, tokenizer, cfg)
         except InputError as e:
@@ -602,17 +614,12 @@ def show(cfg, n):
             print(f'    {len(ids)} prompt tokens, no loss; {len(r)} response tokens, scored{end}')
 
 
-@dataclass
-class Options(Data):
-    show: int = 0                        # print so many records, write nothing
-
-
 def main(argv):
     if argv[0].startswith('-'):
         raise InputError('usage: python prepare.py SOURCE [--show=N] [--name=value ...]')
-    cfg = configure(Options, [f'--dataset={argv[0]}', *argv[1:]])
+    cfg = configure(Data, [f'--dataset={argv[0]}', *argv[1:]])
     if cfg.show:
-        show(cfg, cfg.show)
+        show(cfg)
     else:
         print(prepare(cfg))
 

@@ -35,7 +35,7 @@ import dpo
 import simpo
 from configurator import InputError, atomic_write, configure, run
 from model import GPT, block_mask, pack
-from prepare import NUMBERS, Data, Pairs, prepare, source_text
+from prepare import NUMBERS, Data, Pairs, prepare, show, source_texts
 from sample import find_device, generate
 from tokenizer import get_tokenizer
 from weights import copy_tokenizer, load, load_checkpoint, make_config, tokenizer_of
@@ -108,10 +108,15 @@ def signature_of(cfg):
 
 def loss_options(cfg):
     """The objective's options with their defaults."""
-    options = {name: p.default for name, p in signature_of(cfg).items() if name not in SUPPLIED}
-    for name, default in options.items():
-        if default is inspect.Parameter.empty:
-            raise InputError(f'loss: its parameter {name!r} is neither supplied nor has a default')
+    options, empty = {}, inspect.Parameter.empty
+    for name, default in ((name, p.default) for name, p in signature_of(cfg).items()):
+        is_number = name in NUMBERS and default not in (None, empty)
+        if is_number or name in Config.__dataclass_fields__:
+            raise InputError(f'loss: its option {name!r} needs another name: this one is taken')
+        if name not in SUPPLIED:
+            options[name] = default
+            if default is empty:
+                raise InputError(f'loss: its parameter {name!r} is not supplied and has no default')
     return options
 
 
@@ -303,8 +308,8 @@ def cached_logps(model, fingerprint, pairs, rows, cfg):
     The file's name is a hash of all that the numbers depend on: weights, tokens, precision and the
     source of the model. What is not computed yet is NaN, so an interruption loses little.
     """
-    source = source_text(GPT) + source_text(cfg.model_class)
-    made_of = [fingerprint, pairs.meta['hash'], cfg.dtype, cfg.device, cfg.compile, source]
+    made_of = [fingerprint, pairs.meta['hash'], cfg.dtype, cfg.device, cfg.compile,
+               source_texts(GPT, cfg.model_class)]
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
     path = os.path.join(cfg.data_dir, f'reference-{key}.f32')
     each = pairs.table['responses'].astype(np.int64)       # (pairs, K)
@@ -374,24 +379,29 @@ def check_same(logps, reference_logps, cfg):
                           atol=0.5 if bf16 else 1e-3):
         apart = (logps - reference_logps).abs().max().item()
         raise InputError(f'policy and reference are the same model, but their log-probs differ by '
-                         f'{apart:.3g} nats: they are not computed in the same way')
+                         f'{apart:.3g} nats: they are computed by different code')
 
 
 # --------------------------------------------------------------------------------------------------
 # Evaluation
 
-METRICS = ('loss', 'rewards/chosen', 'rewards/rejected', 'rewards/margins', 'rewards/accuracies',
-           'logps/chosen', 'logps/rejected')
 
-
-def metric_sums(losses, chosen_rewards, rejected_rewards, logps):
-    """Sums over the pairs of METRICS, (7,) float64; NaN where the objective has no rewards."""
+def metrics_of(losses, chosen_rewards, rejected_rewards, logps):
+    """{metric: (B,) values}; NaN where the objective has no rewards."""
     c, r = chosen_rewards, rejected_rewards
     if c is None:
         c = r = torch.full_like(losses, math.nan)
-    accuracy = torch.where(c.isnan(), c, (c > r) + 0.5 * (c == r))      # a tie counts one half
-    rows = (losses, c, r, c - r, accuracy, logps[:, 0], logps[:, -1])
-    return torch.stack([row.detach().double().sum() for row in rows])
+    return {'loss': losses, 'rewards/chosen': c, 'rewards/rejected': r, 'rewards/margins': c - r,
+            'rewards/accuracies': torch.where(c.isnan(), c, (c > r) + 0.5 * (c == r)),    # tie: 1/2
+            'logps/chosen': logps[:, 0], 'logps/rejected': logps[:, -1]}
+
+
+METRICS = tuple(metrics_of(*torch.zeros(3, 1), torch.zeros(1, 2)))
+
+
+def metric_sums(*args):
+    """The values of metrics_of summed over the pairs, in the order of METRICS, float64."""
+    return torch.stack([x.detach().double().sum() for x in metrics_of(*args).values()])
 
 
 def metric_means(sums, n, K):
@@ -527,11 +537,13 @@ def check_resume(checkpoint, path, cfg, state):
     """Raise InputError where the checkpoint is of another run than cfg's."""
     if 'optimizer' not in checkpoint:
         raise InputError(f'{path}: weights only; a run cannot resume from it')
-    for name, before, now in (('loss', checkpoint['config']['loss'], plain_settings(cfg)['loss']),
+    loss, old_loss = ({name: settings.get(name) for name in ('loss', *cfg.options)}
+                      for settings in (plain_settings(cfg), checkpoint['config']))
+    for name, before, now in (('loss', old_loss, loss),
                               ('dataset', checkpoint['data'], state['data']),
                               ('init_from', checkpoint['reference'], state['reference'])):
         if before != now:
-            raise InputError(f'{name}: {path} was trained with another {name}')
+            raise InputError(f'{name}: {path} was trained with {before}, not {now}')
     if cfg.max_iters < checkpoint['step']:
         raise InputError(f'max_iters: {cfg.max_iters}; {path} has done {checkpoint["step"]} steps')
 
@@ -731,14 +743,20 @@ def train(cfg):
         sys.exit(128 + (stop[0] if stop else signal.SIGTERM))    # another process may have got it
     say(f'-> {cfg.out_dir}')
     for name, value in state['metrics'].items():
-        say(f'{name:24}{state["first"][name]:>10.4f} -> {value:.4f}')
+        say(f'{name:24}{state["first"].get(name, math.nan):>10.4f} -> {value:.4f}')
     if cfg.at_end is not None and RANK == 0:
         cfg.at_end(model, cfg)
     return state['metrics']
 
 
 def main(argv):
-    train(load_config(argv))
+    cfg = load_config(argv)
+    if not cfg.show:
+        train(cfg)
+        return
+    if isinstance(cfg.init_from, str):
+        cfg.tokenizer = cfg.tokenizer or tokenizer_of(cfg.init_from)
+    show(cfg)
 
 
 if __name__ == '__main__':

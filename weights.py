@@ -178,7 +178,7 @@ def config_of(theirs, path):
 def make_config(settings, path):
     try:
         return GPTConfig(**settings)
-    except TypeError as e:
+    except (TypeError, AssertionError) as e:
         raise InputError(f'{path}: {first_line(e)}')
 
 
