@@ -27,6 +27,7 @@ Output: data/NAME-KEY/ with tokens.bin (all tokens, end to end), pairs.npy (a ta
 pair is) and meta.json. KEY is a hash of the settings, the source file and this code, so an edit
 invalidates the cache. Left out: cleaning, deduplication, mixing of sources, tools in chats.
 """
+import ast
 import csv
 import functools
 import glob
@@ -463,21 +464,25 @@ def table_dtype(K):
 
 
 def source_texts(*objects):
-    """The source files of functions and classes, and of all that these import from this folder or
-    the working one: part of a cache's key, so that no edit goes unnoticed."""
-    roots, texts, scopes = (os.path.dirname(os.path.abspath(__file__)), os.getcwd()), {}, []
-    for x in objects:
-        functions = (f for f in (x, *vars(x).values()) if inspect.isfunction(f))
-        scopes += [f.__globals__ for f in functions] or [vars(sys.modules[x.__module__])]
-    while scopes:
-        scope = scopes.pop()
-        path = os.path.abspath(scope.get('__file__') or '/')
-        if path not in texts and path.startswith(roots) and 'site-packages' not in path:
-            with open(path, encoding='utf-8') as f:
-                texts[path] = f.read()
-            modules = (x if inspect.ismodule(x) else sys.modules.get(getattr(x, '__module__', ''))
-                       for x in list(scope.values()))
-            scopes += [vars(module) for module in modules if module is not None]
+    """The source files of functions and classes, and all that these import from this folder or the
+    working one: part of a cache's key, so that no edit goes unnoticed."""
+    roots, texts = (os.path.dirname(os.path.abspath(__file__)), os.getcwd()), {}
+    paths = [f.__code__.co_filename for x in objects for c in getattr(x, '__mro__', [x])
+             for f in (c, *vars(c).values()) if inspect.isfunction(f)]
+    while paths:
+        path = os.path.abspath(paths.pop())
+        if path in texts or not path.startswith(roots) or 'site-packages' in path:
+            continue
+        with open(path, encoding='utf-8') as f:
+            texts[path] = f.read()
+        for node in ast.walk(ast.parse(texts[path])):
+            names = []
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [alias.name for alias in node.names]
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module, *(f'{node.module}.{name}' for name in names)]
+            modules = [sys.modules.get(name) for name in names]
+            paths += [m.__file__ for m in modules if getattr(m, '__file__', None)]
     return sorted(texts.values())
 
 

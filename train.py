@@ -309,7 +309,7 @@ def cached_logps(model, fingerprint, pairs, rows, cfg):
     source of the model. What is not computed yet is NaN, so an interruption loses little.
     """
     made_of = [fingerprint, pairs.meta['hash'], cfg.dtype, cfg.device, cfg.compile,
-               source_texts(GPT, cfg.model_class)]
+               source_texts(cfg.model_class)]
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
     path = os.path.join(cfg.data_dir, f'reference-{key}.f32')
     each = pairs.table['responses'].astype(np.int64)       # (pairs, K)

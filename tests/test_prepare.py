@@ -126,7 +126,7 @@ def test_numbers_of_a_record(record, label_from_scores, numbers):
     (b'{"prompt": "\xff"}', 'bad.jsonl line 2: not valid JSON in UTF-8'),
     (dict(text='x\n', label=1), "no shape fits the keys 'text', 'label'"),
     (dict(chosen='A'), "no shape fits the keys 'chosen'"),
-    (dict(prompt='Q', chosen='A'), 'record 2 has not 2 responses, as the first has'),
+    (dict(prompt='Q', chosen='A'), 'record 2 does not have 2 responses'),
     (dict(prompt='Q', responses='A'), "'responses' is 'A', not a list"),
     (dict(prompt='Q', responses=['A', 'B'], scores=[1]), "'scores' needs a number for each"),
     (GOOD | dict(prompt=' \n\t'), "'prompt' is empty or blank"),
@@ -326,19 +326,21 @@ def test_parallel_and_one_process_write_the_same_bytes(monkeypatch, write, setti
     assert len(written[0]) == 3 and written[0] == written[1] == written[2]
 
 
-@pytest.mark.parametrize('edited', ['prepare.py', 'tokenizer.py', 'mine.py', 'a.jsonl'])
+@pytest.mark.parametrize(
+    'edited', ['prepare.py', 'tokenizer.py', 'mine.py', 'helper.py', 'a.jsonl'])
 def test_an_edit_prepares_anew_and_nothing_else_does(edited, write, tmp_path, monkeypatch, capsys):
     """A copy of the code is imported and run; and again, unchanged, edited, with a setting."""
     for name in ('prepare.py', 'tokenizer.py'):
         shutil.copy(ROOT / name, tmp_path)
-    write('mine.py', MINE)
+    write('mine.py', MINE + 'from helper import unused as _\n')
+    write('helper.py', 'unused = 1    # the helper\n')
     write('a.jsonl', REVIEWS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
 
     def prepared(*given):
-        for name in ('tokenizer', 'prepare'):
-            monkeypatch.delitem(sys.modules, name)
+        for name in ('tokenizer', 'prepare', 'helper'):
+            monkeypatch.delitem(sys.modules, name, raising=False)
         new = importlib.import_module('prepare')
         return new.prepare(configure(new.Data, ['mine.py', '--dataset=a.jsonl', *given]))
     first = prepared()
