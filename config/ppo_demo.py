@@ -4,8 +4,8 @@
 #   python -m lab.ppo config/ppo_demo.py --judge=out/reward_demo --out_dir=out/ppo_reward_demo
 #
 # Data: prompts drawn from the grammar, no labels; the second command needs config/reward_demo.py's
-# run. Expect three to five minutes on one core, a KL of 0.85 and 96% of the gain that the optimum has
-# there; with the reward model a KL of 0.32 and 89%.
+# run. Expect three to five minutes on one core, a KL of 0.85 and 96% of the gain that the optimum
+# has there; with the reward model a KL of 0.32 and 89%.
 from lab import films
 
 out_dir = 'out/ppo_demo'
