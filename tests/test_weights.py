@@ -254,7 +254,7 @@ def spoil(path, change):
     ('gpt2', 'config.json', dict(n_embd=None), 'n_embd'),
     ('gpt2', 'config.json', dict(n_layer=3), 'h.2.ln_1.weight'),
     ('gpt2', 'config.json', dict(n_layer=1), 'h.1.'),
-    ('gpt2', 'config.json', dict(n_positions=99), '(64, 32)'),
+    ('gpt2', 'config.json', dict(n_positions=99), 'wpe.weight'),
     ('llama', 'config.json', dict(attention_bias=True), 'attention_bias'),
     ('llama', 'config.json', dict(rope_parameters=dict(rope_type='yarn')), 'yarn'),
     ('llama', 'config.json', dict(rope_parameters=None, rope_scaling=dict(type='linear')),
