@@ -140,12 +140,12 @@ class PolicyAndValue(nn.Module):
 
 def score(judge, prompts, responses, tokenizer, cfg):
     """Texts of prompts, token ids of a response to each -> (B,) float32: what they earn."""
-    said = [text_and_end(response, tokenizer) for response in responses]
-    whole = [i for i, (text, ended) in enumerate(said) if ended and text.strip()]
-    scores = np.full(len(said), cfg.unfinished_reward, dtype=np.float32)
-    if whole:
-        found = judge([prompts[i] for i in whole], [[said[i][0]] for i in whole])
-        scores[whole] = np.concatenate(found)
+    texts = [text_and_end(response, tokenizer) for response in responses]
+    finished = [i for i, (text, ended) in enumerate(texts) if ended and text.strip()]
+    scores = np.full(len(texts), cfg.unfinished_reward, dtype=np.float32)
+    if finished:
+        found = judge([prompts[i] for i in finished], [[texts[i][0]] for i in finished])
+        scores[finished] = np.concatenate(found)
     return torch.from_numpy(scores)
 
 

@@ -58,6 +58,7 @@ SHORT = {
     'python -m lab.frontier pairs': '--pairs=30 --max_iters=1 --samples=2 --seeds=1 --only=30',
     'python -m lab.frontier sft': '--pairs=20 --max_iters=1',
     'python -m lab.imdb': '--pairs=20 --max_iters=1 --samples=2 --only=sft',
+    'python -m lab.ppo': '--max_iters=1 --responses=8 --batch_size=4',
     'python -m lab.rounds': '--rounds=1 --round_pairs=8 --max_iters=1 --eval_interval=2',
     'python -m lab.bench': '--model=tiny --batch_size=2 --repeats=1 --peers=False --prompts=2 '
                            '--new_tokens=4 --losses=dpo --orders=own --max_prompt_length=32 '
