@@ -119,6 +119,7 @@ def run(main, doc):
             print(doc.strip(), flush=True)
         else:
             main(argv)
+            sys.stdout.flush()           # here, where a reader that has ended is caught
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:              # the reader of our output, `head` say, has ended

@@ -539,11 +539,11 @@ def check_resume(checkpoint, path, cfg, state):
         raise InputError(f'{path}: weights only; a run cannot resume from it')
     loss, old_loss = ({name: settings.get(name) for name in ('loss', *cfg.options)}
                       for settings in (plain_settings(cfg), checkpoint['config']))
-    for name, before, now in (('loss', old_loss, loss),
+    for name, before, now in (('loss, or other options of it', old_loss, loss),
                               ('dataset', checkpoint['data'], state['data']),
                               ('init_from', checkpoint['reference'], state['reference'])):
         if before != now:
-            raise InputError(f'{name}: {path} was trained with {before}, not {now}')
+            raise InputError(f'{path} was trained with another {name}')
     if cfg.max_iters < checkpoint['step']:
         raise InputError(f'max_iters: {cfg.max_iters}; {path} has done {checkpoint["step"]} steps')
 

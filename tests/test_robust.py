@@ -161,16 +161,16 @@ def test_a_log_that_ran_ahead_is_cut(place):
 
 
 def test_a_reference_pass_that_was_interrupted_goes_on_where_it_was(place, monkeypatch):
-    plain, seen = train.live_logps, []
+    plain, seen = train.no_grad_logps, []
 
-    def live_logps(*args):
+    def no_grad_logps(*args):
         def logps(rows, batch):
             if len(seen) == 3:
                 raise KeyboardInterrupt
             seen.append(rows.tolist())
             return plain(*args)(rows, batch)
         return logps
-    monkeypatch.setattr(train, 'live_logps', live_logps)
+    monkeypatch.setattr(train, 'no_grad_logps', no_grad_logps)
     cfg = config(data_dir='passes', tokens_per_batch=128)
     with pytest.raises(KeyboardInterrupt):
         train.train(cfg)

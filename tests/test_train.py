@@ -280,8 +280,8 @@ def test_an_edited_model_never_meets_the_old_reference(config, tmp_path):
 
 
 def test_a_policy_that_is_computed_otherwise_than_the_reference_stops(config, monkeypatch):
-    plain = train.live_logps                               # the reference's way, and evaluation's
-    monkeypatch.setattr(train, 'live_logps',
+    plain = train.no_grad_logps                               # the reference's way, and evaluation's
+    monkeypatch.setattr(train, 'no_grad_logps',
                         lambda *args: lambda *batch: 0.9 * plain(*args)(*batch))
     with pytest.raises(InputError, match='policy and reference are the same model, but'):
         train.train(config())
