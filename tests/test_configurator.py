@@ -133,19 +133,20 @@ run(main, 'The help.')
 def command(body):
     """A program whose main is `body`, after a line that says it is ready."""
     program = PROGRAM.replace('BODY', f'print("ready", flush=True); {body}')
-    process = subprocess.Popen([sys.executable, '-c', program, 'x'], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, '-c', program, 'x'], text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env=os.environ | dict(PYTHONUNBUFFERED=''))
     assert process.stdout.readline() == 'ready\n'
     return process
 
 
 @pytest.mark.parametrize('body, code, says', [
-    ('print(argv)', 0, ''),
+    ('assert argv == ["x"]', 0, ''),
     ('raise InputError("a.jsonl line 2:\\nbad")', 1, 'error: a.jsonl line 2: bad\n'),
     ('open("none.txt")', 1, "error: [Errno 2] No such file or directory: 'none.txt'\n"),
     ('raise KeyboardInterrupt', 130, ''),
     ('os.kill(os.getpid(), signal.SIGTERM)', 143, ''),
-    ('[print(i) for i in range(100_000)]', 0, '')])        # to a reader that has ended
+    ('[print(i, flush=True) for i in range(100_000)]', 0, '')])     # to a reader that has ended
 def test_what_a_command_ends_with(body, code, says):
     process = command(body)
     process.stdout.close()
