@@ -155,6 +155,13 @@ def load_config(argv, cls=Config):
     return cfg
 
 
+def plain_settings(cfg):
+    """All settings as plain values: functions and classes by name."""
+    plain = {name: f'{value.__module__}.{value.__qualname__}' if callable(value) else value
+             for name, value in asdict(cfg).items()}
+    return plain | cfg.options
+
+
 def setup_machine(cfg):
     """Fill in what depends on the machine: device, dtype, compile, tokens_per_batch."""
     cfg.device = find_device(cfg.device)
@@ -203,6 +210,11 @@ def check_fit(cfg, model, tokenizer, pairs):
         raise InputError(f'batch_size: {cfg.batch_size} is less than the {WORLD} processes')
 
 
+def say(text):
+    if RANK == 0:
+        tqdm.write(text)
+
+
 def load_run(cfg):
     """The policy at its start, its tokenizer and the prepared pairs, checked against each
     other."""
@@ -224,6 +236,10 @@ def load_run(cfg):
     if 0 < cfg.eval_pairs < len(pairs.val):
         order = np.random.default_rng(cfg.seed).permutation(pairs.val)
         pairs.val = np.sort(order[:cfg.eval_pairs])
+    size = sum(p.numel() for p in model.parameters())
+    say(f'{size:,} parameters; {len(pairs.train):,} pairs to train on, {len(pairs.val):,} to '
+        f'validate; {cfg.max_iters} steps of {cfg.batch_size} pairs on '
+        f'{cfg.device} in {cfg.dtype}; loss {plain_settings(cfg)["loss"]} {cfg.options or ""}')
     return model.to(cfg.device), tokenizer, pairs
 
 
@@ -475,11 +491,6 @@ def sample_validation(model, frozen, pairs, tokenizer, cfg):
 # The run's folder
 
 
-def say(text):
-    if RANK == 0:
-        tqdm.write(text)
-
-
 def fingerprint_of(model):
     """A hash of the weights."""
     h = hashlib.sha256()
@@ -487,13 +498,6 @@ def fingerprint_of(model):
         h.update(name.encode())
         h.update(t.detach().cpu().flatten().view(torch.uint8).numpy())
     return h.hexdigest()
-
-
-def plain_settings(cfg):
-    """All settings as plain values: functions and classes by name."""
-    plain = {name: f'{value.__module__}.{value.__qualname__}' if callable(value) else value
-             for name, value in asdict(cfg).items()}
-    return plain | cfg.options
 
 
 def header(cfg, fingerprint, pairs):
@@ -647,10 +651,6 @@ def train(cfg):
     if not cfg.resume and RANK == 0:
         copy_tokenizer(cfg.tokenizer, cfg.out_dir)
         write_log(**header(cfg, fingerprint, pairs))
-    size = sum(p.numel() for p in model.parameters())
-    say(f'{size:,} parameters; {len(pairs.train):,} pairs to train on, {len(pairs.val):,} to '
-        f'validate; {cfg.max_iters} steps of {cfg.batch_size} pairs on '
-        f'{cfg.device} in {cfg.dtype}; loss {plain_settings(cfg)["loss"]} {cfg.options or ""}')
     K = pairs.K if compares(cfg) else 1
     stop, handlers = catch_signals()                       # finish the step, save, leave
 
