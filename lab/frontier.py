@@ -15,6 +15,7 @@ Left out: a search of learning rates, several GPUs.
 import contextlib
 import functools
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -28,7 +29,7 @@ import train
 from configurator import InputError, configure, run
 from lab import films, labels, optimum, plot
 from lab.credit import PositionWeightedGPT
-from lab.reward import reward_distillation_loss
+from lab.reward import RewardModel, reward_distillation_loss, reward_loss
 from weights import load
 
 # config/dpo_demo.py without its objective
@@ -52,13 +53,14 @@ FRONTIER = [
     ('cpo', dict(beta=0.3, sft_weight=0.1, learning_rate=1e-5)),
     ('slic', dict(delta=2.0, sft_weight=0.1, learning_rate=1e-5)),
     ('rrhf', dict(sft_weight=0.1, learning_rate=1e-5))]
-# methods that are more than an objective on labelled pairs: what is made of the pairs (see
-# lab/labels.py), the objective, and what the lab replaces in train.Config
+# more than an objective on labelled pairs: what is made of the pairs first (lab/labels.py), the
+# objective, and what replaces settings
 METHODS = dict(
     rejection_sampling=('accepted', 'sft', {}),
     position_weights=('', 'dpo', dict(model_class=PositionWeightedGPT)),
     soft_labels=('p', 'dpo', {}),
     reward_distillation=('margin', 'dpo', dict(loss=reward_distillation_loss)))
+JUDGE_STEPS = 360    # two epochs of 6,000 pairs, also where they are fewer
 MORE = [('rejection_sampling', dict(judge='gold')), ('position_weights', dict(beta=1.0))]
 REWARDS = [('dpo', dict(beta=1.0)), *(
     (method, dict(beta=1.0, judge=judge)) for judge in ('gold', 'model')
@@ -84,9 +86,9 @@ class Options(Common):
 
 
 def title(loss, options):
-    values = {name.replace('learning_rate', 'rate'): x if isinstance(x, str) else f'{x:g}'
-              for name, x in options.items()}
-    return ' '.join([loss, *(f'{name}={x}' for name, x in values.items())])
+    values = (f'{name.replace("learning_rate", "rate")}={x if isinstance(x, str) else f"{x:g}"}'
+              for name, x in options.items())
+    return ' '.join([loss, *values])
 
 
 def select(only, names):
@@ -134,12 +136,11 @@ def run_folder(out):
     return os.path.join(out, f'run-{os.getpid()}')
 
 
-@contextlib.contextmanager
-def logged(out):
-    """What is printed goes to this process's log."""
+def train_logged(cfg, out):
+    """train.train; what it prints goes to this process's log."""
     with open(os.path.join(out, f'log-{os.getpid()}.txt'), 'a') as log, \
             contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        yield
+        train.train(cfg)
 
 
 def judge_folder(dataset, out):
@@ -147,30 +148,33 @@ def judge_folder(dataset, out):
     return os.path.join(out, 'judge-' + os.path.splitext(os.path.basename(dataset))[0])
 
 
-def train_judge(dataset, seed, max_iters, settings, out):
-    own = dict(dataset=dataset, out_dir=judge_folder(dataset, out), seed=seed, max_iters=max_iters)
-    if not os.path.exists(os.path.join(own['out_dir'], 'eval.jsonl')):   # written at the end
-        with logged(out):
-            labels.reward_model(settings | own)
+def train_judge(job, settings, out):
+    """A reward model of the job's pairs, as config/reward_demo.py has it, unless it is there."""
+    own = dict(dataset=job['dataset'], out_dir=judge_folder(job['dataset'], out), seed=job['seed'],
+               learning_rate=3e-4, max_iters=job['max_iters'] or JUDGE_STEPS, eval_interval=10**9)
+    cfg = config_of(settings | own | dict(overwrite=True))
+    cfg.model_class, cfg.loss, cfg.options = RewardModel, reward_loss, {}
+    if not os.path.exists(os.path.join(cfg.out_dir, 'eval.jsonl')):      # written at the end
+        train_logged(cfg, out)
 
 
 def run_job(job, settings, rewards, out, world=films.FILMS):
     """Train one policy and place it beside the optimum -> its line of results."""
     started, folder, options = time.perf_counter(), run_folder(out), dict(job['options'])
-    own = {name: job[name] for name in ('loss', 'seed', 'max_iters', 'dataset')}
+    own = {name: job[name] for name in ('seed', 'max_iters', 'dataset')}
     data, own['loss'], replaced = METHODS.get(job['loss'], ('', job['loss'], {}))
     judge = options.pop('judge', '')
     judge = judge_folder(job['dataset'], out) if judge == 'model' else judge
-    if data:
-        own['dataset'] = (labels.accepted(job['dataset'], judge, settings['init_from'])
-                          if data == 'accepted' else labels.scored(job['dataset'], judge, data))
+    if data == 'accepted':
+        own['dataset'] = labels.accepted(job['dataset'], judge, settings['init_from'])
+    elif data:
+        own['dataset'] = labels.scored(job['dataset'], judge, data)
     fixed = dict(out_dir=folder, overwrite=True, eval_interval=10**9)    # evaluated at both ends
     cfg = config_of(settings | options | own | fixed)
     for name, value in replaced.items():
         setattr(cfg, name, value)
     cfg.options = {name: cfg.options[name] for name in train.loss_options(cfg)}
-    with logged(out):
-        train.train(cfg)
+    train_logged(cfg, out)
     policy, reference = (load(name).to(cfg.device) for name in (folder, cfg.init_from))
     figures = optimum.place(policy, reference, rewards, world, job['samples'])
     return job | figures | dict(seconds=time.perf_counter() - started)
@@ -194,13 +198,12 @@ def keep_optima(rewards, out):
 
 
 def best_of_n(rewards, n):
-    """The best of n samples of the reference, from (prompts, samples) of their rewards -> (expected
-    reward, its KL from the reference), means over the prompts.
+    """The best of n samples of the reference, from (prompts, samples) of their rewards -> (its
+    expected reward, its KL from the reference), means over the prompts.
 
-    Responses of one reward are alike to it, so pi_n/pi_ref is a function of the reward alone, and
-    exact for the samples' own distribution: with F the share of samples at or below the reward, G
-    below it, pi_n/pi_ref = (F^n - G^n) / (F - G). Without ties its KL is the bound, log n - (n-1)/n;
-    with them it is smaller (Beirami et al. 2024, arXiv:2401.01879).
+    pi_n/pi_ref = (F^n - G^n) / (F - G), F the share of samples at or below y's reward, G below it:
+    exact for the distribution of these samples, as ties are alike to it. Without ties the KL is
+    the bound, log n - (n-1)/n, else below it (Beirami et al. 2024, arXiv:2401.01879).
     """
     row, column = rewards[:, None, :], rewards[:, :, None]
     below, up_to = (row < column).mean(-1), (row <= column).mean(-1)            # G and F
@@ -210,18 +213,15 @@ def best_of_n(rewards, n):
 
 def keep_best_of_n(rewards, out):
     """The best of 2 to 64 samples, for lab/plot.py: no training, one line each."""
-    rng = np.random.default_rng(0)
-    at = [rng.integers(rewards.shape[1], size=rewards.shape) for _ in range(25)]
+    rng, names = np.random.default_rng(0), ('reward', 'kl', 'share')
+    at = [rng.integers(rewards.shape[1], size=rewards.shape) for _ in range(25)]     # a bootstrap
     with open(os.path.join(out, 'best_of_n.jsonl'), 'w') as f:
         for n in (2, 4, 8, 16, 32, 64):
-            figures = []
-            for some in [rewards, *(np.take_along_axis(rewards, i, 1) for i in at)]:   # a bootstrap
-                reward, kl = best_of_n(some, n)
-                figures.append([reward, kl, optimum.share_of(some, reward, kl)[0]])
-            names, errors = ('reward', 'kl', 'share'), np.std(figures[1:], axis=0, ddof=1)
-            line = dict(n=n, bound=np.log(n) - (n - 1) / n) | dict(zip(names, figures[0])) | {
-                f'{name}_error': error for name, error in zip(names, errors)}
-            f.write(json.dumps({name: float(x) for name, x in line.items()}) + '\n')
+            rows = [(*best_of_n(some, n), optimum.share_of(some, *best_of_n(some, n))[0])
+                    for some in [rewards, *(np.take_along_axis(rewards, i, 1) for i in at)]]
+            line = dict(zip(names, map(float, rows[0]))) | {
+                f'{name}_error': float(e) for name, e in zip(names, np.std(rows[1:], 0, ddof=1))}
+            f.write(json.dumps(line | dict(n=n, bound=math.log(n) - (n - 1) / n)) + '\n')
 
 
 def start_worker():
@@ -249,9 +249,8 @@ def experiment(name, settings, o):
         for job in jobs:
             job['dataset'] = paths[data.index((job['pairs'], job['seed']))]
         settings = DEMO | dict(init_from=base)
-        judges = {job['dataset']: job['seed'] for job in jobs if job['options'].get('judge') == 'model'}
-        pool.starmap(train_judge, [(path, seed, o.max_iters, settings, out)
-                                   for path, seed in judges.items()], chunksize=1)
+        judges = {job['dataset']: job for job in jobs if job['options'].get('judge') == 'model'}
+        pool.starmap(train_judge, [(job, settings, out) for job in judges.values()], chunksize=1)
         run_one = functools.partial(run_job, settings=settings, rewards=rewards, out=out)
         for line in pool.imap_unordered(run_one, jobs):
             keep_result(line, out)
@@ -285,8 +284,8 @@ def pairs(o):
 
 
 def rewards(o):
-    """What the same pairs are worth with hard labels, soft labels and differences of rewards, of
-    the gold reward or of a reward model that was trained on the hard labels."""
+    """Hard labels, soft labels and differences of rewards, of the gold reward or of a reward model
+    trained on the hard labels."""
     n = o.pairs or 6000
     experiment('rewards', [(f'{title(*s)}, {size} pairs', *s, size)
                            for size in (n // 6, n) for s in REWARDS], o)

@@ -1,6 +1,5 @@
 """
-What else can be made of pairs than their labels: scores of a judge, and samples that it accepts.
-A config file calls it:
+Pairs with a judge's scores in place of labels, and samples that it accepts. A config file calls it:
 
     dataset = labels.scored(films.pairs(init_from), 'gold', 'p')        # soft labels, for DPO
     dataset = labels.scored(films.pairs(init_from), 'out/reward_demo', 'margin')
@@ -14,26 +13,15 @@ import re
 
 import numpy as np
 
-import train
 from configurator import atomic_write
 from lab import films
 from lab.judge import load_judge, reject, sigmoid
 from lab.plot import read_jsonl
-from lab.reward import RewardModel, reward_loss
 from weights import load
 
 
-def reward_model(settings):
-    """Train the reward model of config/reward_demo.py with these settings -> its folder."""
-    own = dict(learning_rate=3e-4, epochs=2.0, overwrite=True, eval_interval=10**9)
-    cfg = train.load_config([f'--{name}={x}' for name, x in (settings | own).items()])
-    cfg.model_class, cfg.loss, cfg.options = RewardModel, reward_loss, {}
-    train.train(cfg)
-    return cfg.out_dir
-
-
 def write(path, judge, what, records):
-    """Records into pairs-what-judge.jsonl, beside pairs.jsonl -> the new path."""
+    """Records into pairs-what-judge.jsonl, beside pairs.jsonl -> its path."""
     out = f'{os.path.splitext(path)[0]}-{what}-{re.sub(r"[^A-Za-z0-9]+", "-", judge)}.jsonl'
     with atomic_write(out) as f:
         f.writelines(json.dumps(record) + '\n' for record in records)
