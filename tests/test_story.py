@@ -34,7 +34,6 @@ def test_the_page_prints_what_it_says(code, printed, capsys):
 
 
 def test_bradley_and_terrys_example():
-    """A beats B 8 to 4, C beats A 5 to 3: strengths 1, 1/2, 5/3; B beats C with 0.23."""
     names = {}
     exec(re.search(r'```python\n(.*?)```', README, re.S)[1], names)
     strengths = (names['s'] - names['s'][0]).exp()
@@ -46,7 +45,7 @@ def test_reward_distillation_by_hand_and_its_minimum():
     """beta = 2, log-ratios 1 and -0.5, margin 2: (2 + 1 - 2)^2 = 1."""
     w, l = torch.tensor([-10.0], requires_grad=True), torch.tensor([-20.5], requires_grad=True)
     losses, chosen, rejected = reward_distillation_loss(w, l, -11, -20, torch.tensor([2.0]), 2.0)
-    losses.sum().backward()
+    losses.backward()
     assert (losses.item(), chosen.item(), rejected.item()) == (1, 2, -1)
     assert (w.grad.item(), l.grad.item()) == (4, -4)             # 2 beta (h - margin)
     r, log_z = torch.tensor([1.5, -0.5]), 0.7                    # the optimum: log-ratio r - log Z
@@ -56,11 +55,10 @@ def test_reward_distillation_by_hand_and_its_minimum():
 
 def test_position_weights_start_anew_at_each_response():
     config = GPTConfig(block_size=32, vocab_size=20, n_layer=1, n_head=2, n_embd=16)
-    plain, weighted = randomise(GPT(config)), randomise(PositionWeightedGPT(config))
+    plain, weighted = (randomise(kind(config)) for kind in (GPT, PositionWeightedGPT))
     batch = pack([([1, 2], [[3, 4, 5], [6]]), ([7], [[8, 9], [1, 1, 1, 1]])])
     weights = torch.tensor([0.98 ** t for t in (0, 1, 2, 0, 0, 1, 0, 1, 2, 3)])
-    expected = plain.token_logps(batch) * weights
-    assert torch.allclose(weighted.token_logps(batch), expected, atol=1e-6)
+    assert torch.allclose(weighted.token_logps(batch), weights * plain.token_logps(batch))
 
 
 @pytest.mark.parametrize('n', [1, 2, 4])
@@ -83,8 +81,8 @@ def test_best_of_n_without_ties_has_the_known_kl():
 
 def test_scored_pairs_carry_the_judges_difference(write):
     good, bad = ' great plot.', ' dull plot.'
-    path = write('pairs.jsonl', [dict(prompt='a:', chosen=w, rejected=l)
-                                 for w, l in ((good, bad), (bad, good))])
+    path = write('pairs.jsonl', [dict(prompt='a:', chosen=good, rejected=bad),
+                                 dict(prompt='a:', chosen=bad, rejected=good)])
     for number, expected in (('margin', [2, -2]), ('p', [0.8808, 0.1192])):
         lines = plot.read_jsonl(labels.scored(path, 'gold', number))
         assert [line[number] for line in lines] == pytest.approx(expected, abs=1e-4)
@@ -99,7 +97,7 @@ def test_accepted_responses_are_drawn_from_the_tilted_reference(write, monkeypat
         texts[i] for i in rng.choice(3, len(prompts), p=[0.4, 0.4, 0.2])])
     path = write('pairs.jsonl', [dict(prompt=f'{i}:', chosen='a') for i in range(3000)])
     chosen = [line['chosen'] for line in plot.read_jsonl(labels.accepted(path, 'gold', 'base'))]
-    assert len(chosen) == 3000 and set(chosen) == {' great plot.', ' dull plot.'}
+    assert len(chosen) == 3000 and ' no end' not in chosen
     assert chosen.count(' great plot.') / 3000 == pytest.approx(1 / (1 + math.exp(-2)), abs=0.03)
 
 
@@ -110,7 +108,7 @@ def test_every_method_runs_from_pairs_to_the_frontier(tmp_path, write, monkeypat
     monkeypatch.setattr(labels, 'accepted', lambda path, judge, base: path)
     pairs = write('pairs.jsonl', [
         dict(prompt=f'{i}:', chosen=' great plot.', rejected=' dull plot.') for i in range(30)])
-    rewards, settings = np.random.normal(size=(2, 16)), frontier.DEMO | dict(init_from='base')
+    settings, rewards = frontier.DEMO | dict(init_from='base'), np.arange(128.0).reshape(2, 64)
     for loss, options in frontier.MORE + frontier.REWARDS[1:]:
         job = dict(loss=loss, options=options, seed=0, max_iters=1, samples=2, dataset=pairs)
         frontier.train_judge(job, settings, '.')                 # once
