@@ -8,6 +8,7 @@ Which tokens earn the implicit reward: each token's beta log pi/pi_ref, whose su
 The policy is a run. Its reference is the run's own unless --compare is given. beta is that of an
 objective with a reference; for other objectives, log pi/pi_ref in nats. Green earns, red costs, on
 the terminal and in an HTML page; where there is no terminal, numbers.
+Credit can also be given in advance: `model_class = PositionWeightedGPT` in a config file.
 Left out: credit under a reward model, which scores only a response's end.
 """
 import html
@@ -20,7 +21,7 @@ import torch
 import train
 from configurator import InputError, atomic_write, configure, run
 from lab.judge import encode, load_reference, read_run
-from model import pack
+from model import GPT, pack
 from sample import encode_prompt, generate
 from tokenizer import get_tokenizer
 from weights import load, tokenizer_of
@@ -37,6 +38,22 @@ class Options:
     seed: int = 1337
     out: str = 'credit.html'
     device: str = ''             # empty: cuda where there is one, else cpu
+
+
+class PositionWeightedGPT(GPT):
+    """Token t = 0, 1, ... of a response counts weight(t) times: a heuristic. A subclass in a config
+    file may have another `weight`. It may depend on the position alone, so that policy and
+    reference weigh a token alike. Not a policy's log-probs any more: sampling and KL need GPT's."""
+
+    @staticmethod
+    def weight(t):                       # (N,) positions -> (N,) weights
+        return 0.98 ** t
+
+    def token_logps(self, batch):
+        lengths = batch.lengths.flatten()
+        starts = lengths.cumsum(0) - lengths                                        # (B*K,)
+        t = torch.arange(len(batch.targets), device=lengths.device) - starts[batch.owner]
+        return super().token_logps(batch) * self.weight(t)
 
 
 @torch.no_grad()

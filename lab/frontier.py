@@ -5,6 +5,7 @@ Experiments in the built-in world (lab/films.py): many short runs, each placed b
     python -m lab.frontier frontier --only="dpo beta=1" --seeds=1        # one point of it
     python -m lab.frontier betas        # DPO from a weak to a strong KL constraint
     python -m lab.frontier pairs        # how much of the optimum's gain 1,000 to 30,000 pairs reach
+    python -m lab.frontier rewards      # labels beside a judge's scores: hard, soft, differences
     python -m lab.frontier sft          # DPO beside SFT on the chosen responses, step by step
 
 Each run is a line of results.jsonl in the experiment's folder. A run that has its line there is not
@@ -14,6 +15,7 @@ Left out: a search of learning rates, several GPUs.
 import contextlib
 import functools
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -25,7 +27,9 @@ import torch
 
 import train
 from configurator import InputError, configure, run
-from lab import films, optimum, plot
+from lab import films, labels, optimum, plot
+from lab.credit import PositionWeightedGPT
+from lab.reward import RewardModel, reward_distillation_loss, reward_loss
 from weights import load
 
 # config/dpo_demo.py without its objective
@@ -49,6 +53,18 @@ FRONTIER = [
     ('cpo', dict(beta=0.3, sft_weight=0.1, learning_rate=1e-5)),
     ('slic', dict(delta=2.0, sft_weight=0.1, learning_rate=1e-5)),
     ('rrhf', dict(sft_weight=0.1, learning_rate=1e-5))]
+# more than an objective on labelled pairs: what is made of the pairs first (lab/labels.py), the
+# objective, and what replaces settings
+METHODS = dict(
+    rejection_sampling=('accepted', 'sft', {}),
+    position_weights=('', 'dpo', dict(model_class=PositionWeightedGPT)),
+    soft_labels=('p', 'dpo', {}),
+    reward_distillation=('margin', 'dpo', dict(loss=reward_distillation_loss)))
+JUDGE_STEPS = 360    # two epochs of 6,000 pairs, also where they are fewer
+MORE = [('rejection_sampling', dict(judge='gold')), ('position_weights', dict(beta=1.0))]
+REWARDS = [('dpo', dict(beta=1.0)), *(
+    (method, dict(beta=1.0, judge=judge)) for judge in ('gold', 'model')
+    for method in ('soft_labels', 'reward_distillation'))]
 
 
 @dataclass
@@ -70,7 +86,8 @@ class Options(Common):
 
 
 def title(loss, options):
-    values = (f'{name.replace("learning_rate", "rate")}={x:g}' for name, x in options.items())
+    values = (f'{name.replace("learning_rate", "rate")}={x if isinstance(x, str) else f"{x:g}"}'
+              for name, x in options.items())
     return ' '.join([loss, *values])
 
 
@@ -119,15 +136,45 @@ def run_folder(out):
     return os.path.join(out, f'run-{os.getpid()}')
 
 
-def run_job(job, settings, rewards, out, world=films.FILMS):
-    """Train one policy and place it beside the optimum -> its line of results."""
-    started, folder = time.perf_counter(), run_folder(out)
-    own = {name: job[name] for name in ('loss', 'seed', 'max_iters', 'dataset')}
-    fixed = dict(out_dir=folder, overwrite=True, eval_interval=10**9)    # evaluated at both ends
-    cfg = config_of(settings | job['options'] | own | fixed)
+def train_logged(cfg, out):
+    """train.train; what it prints goes to this process's log."""
     with open(os.path.join(out, f'log-{os.getpid()}.txt'), 'a') as log, \
             contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         train.train(cfg)
+
+
+def judge_folder(dataset, out):
+    """Where the reward model of these pairs is."""
+    return os.path.join(out, 'judge-' + os.path.splitext(os.path.basename(dataset))[0])
+
+
+def train_judge(job, settings, out):
+    """A reward model of the job's pairs, as config/reward_demo.py has it, unless it is there."""
+    own = dict(dataset=job['dataset'], out_dir=judge_folder(job['dataset'], out), seed=job['seed'],
+               learning_rate=3e-4, max_iters=job['max_iters'] or JUDGE_STEPS, eval_interval=10**9)
+    cfg = config_of(settings | own | dict(overwrite=True))
+    cfg.model_class, cfg.loss, cfg.options = RewardModel, reward_loss, {}
+    if not os.path.exists(os.path.join(cfg.out_dir, 'eval.jsonl')):      # written at the end
+        train_logged(cfg, out)
+
+
+def run_job(job, settings, rewards, out, world=films.FILMS):
+    """Train one policy and place it beside the optimum -> its line of results."""
+    started, folder, options = time.perf_counter(), run_folder(out), dict(job['options'])
+    own = {name: job[name] for name in ('seed', 'max_iters', 'dataset')}
+    data, own['loss'], replaced = METHODS.get(job['loss'], ('', job['loss'], {}))
+    judge = options.pop('judge', '')
+    judge = judge_folder(job['dataset'], out) if judge == 'model' else judge
+    if data == 'accepted':
+        own['dataset'] = labels.accepted(job['dataset'], judge, settings['init_from'])
+    elif data:
+        own['dataset'] = labels.scored(job['dataset'], judge, data)
+    fixed = dict(out_dir=folder, overwrite=True, eval_interval=10**9)    # evaluated at both ends
+    cfg = config_of(settings | options | own | fixed)
+    for name, value in replaced.items():
+        setattr(cfg, name, value)
+    cfg.options = {name: cfg.options[name] for name in train.loss_options(cfg)}
+    train_logged(cfg, out)
     policy, reference = (load(name).to(cfg.device) for name in (folder, cfg.init_from))
     figures = optimum.place(policy, reference, rewards, world, job['samples'])
     return job | figures | dict(seconds=time.perf_counter() - started)
@@ -150,6 +197,33 @@ def keep_optima(rewards, out):
             f.write(json.dumps(line) + '\n')
 
 
+def best_of_n(rewards, n):
+    """The best of n samples of the reference, from (prompts, samples) of their rewards -> (its
+    expected reward, its KL from the reference), means over the prompts.
+
+    pi_n/pi_ref = (F^n - G^n) / (F - G), F the share of samples at or below y's reward, G below it:
+    exact for the distribution of these samples, as ties are alike to it. Without ties the KL is
+    the bound, log n - (n-1)/n, else below it (Beirami et al. 2024, arXiv:2401.01879).
+    """
+    row, column = rewards[:, None, :], rewards[:, :, None]
+    below, up_to = (row < column).mean(-1), (row <= column).mean(-1)            # G and F
+    ratio = (up_to**n - below**n) / (up_to - below)
+    return (ratio * rewards).mean(), (ratio * np.log(np.maximum(ratio, 1e-300))).mean()
+
+
+def keep_best_of_n(rewards, out):
+    """The best of 2 to 64 samples, for lab/plot.py: no training, one line each."""
+    rng, names = np.random.default_rng(0), ('reward', 'kl', 'share')
+    at = [rng.integers(rewards.shape[1], size=rewards.shape) for _ in range(25)]     # a bootstrap
+    with open(os.path.join(out, 'best_of_n.jsonl'), 'w') as f:
+        for n in (2, 4, 8, 16, 32, 64):
+            rows = [(*best_of_n(some, n), optimum.share_of(some, *best_of_n(some, n))[0])
+                    for some in [rewards, *(np.take_along_axis(rewards, i, 1) for i in at)]]
+            line = dict(zip(names, map(float, rows[0]))) | {
+                f'{name}_error': float(e) for name, e in zip(names, np.std(rows[1:], 0, ddof=1))}
+            f.write(json.dumps(line | dict(n=n, bound=math.log(n) - (n - 1) / n)) + '\n')
+
+
 def start_worker():
     torch.set_num_threads(1)             # these models are too small for two
     signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C reaches all; the parent ends them
@@ -167,6 +241,7 @@ def experiment(name, settings, o):
     os.makedirs(out, exist_ok=True)
     rewards = optimum.reference_rewards(reference, films.FILMS)
     keep_optima(rewards, out)
+    keep_best_of_n(rewards, out)
     workers = 1 if device == 'cuda' else min(len(jobs), os.cpu_count())
     with multiprocessing.get_context('spawn').Pool(workers, start_worker) as pool:
         data = sorted({(job['pairs'], job['seed']) for job in jobs})
@@ -174,6 +249,8 @@ def experiment(name, settings, o):
         for job in jobs:
             job['dataset'] = paths[data.index((job['pairs'], job['seed']))]
         settings = DEMO | dict(init_from=base)
+        judges = {job['dataset']: job for job in jobs if job['options'].get('judge') == 'model'}
+        pool.starmap(train_judge, [(job, settings, out) for job in judges.values()], chunksize=1)
         run_one = functools.partial(run_job, settings=settings, rewards=rewards, out=out)
         for line in pool.imap_unordered(run_one, jobs):
             keep_result(line, out)
@@ -188,7 +265,7 @@ def experiment(name, settings, o):
 
 def frontier(o):
     """Every objective on the plane of gold reward and KL."""
-    out = experiment('frontier', [(title(*s), *s, o.pairs or 6000) for s in FRONTIER], o)
+    out = experiment('frontier', [(title(*s), *s, o.pairs or 6000) for s in FRONTIER + MORE], o)
     plot.frontier(out, os.path.join(out, 'frontier.png'))
 
 
@@ -204,6 +281,14 @@ def pairs(o):
     sizes = [n // 30, n // 10, n // 3, n]
     out = experiment('pairs', [(f'{size} pairs', 'dpo', dict(beta=1.0), size) for size in sizes], o)
     plot.pairs(out, os.path.join(out, 'pairs.png'))
+
+
+def rewards(o):
+    """Hard labels, soft labels and differences of rewards, of the gold reward or of a reward model
+    trained on the hard labels."""
+    n = o.pairs or 6000
+    experiment('rewards', [(f'{title(*s)}, {size} pairs', *s, size)
+                           for size in (n // 6, n) for s in REWARDS], o)
 
 
 def sft_loss(policy_chosen_logps, policy_rejected_logps,
@@ -240,7 +325,7 @@ def read_options(cls, argv):
 
 
 def main(argv):
-    experiments = dict(frontier=frontier, betas=betas, pairs=pairs, sft=sft)
+    experiments = dict(frontier=frontier, betas=betas, pairs=pairs, rewards=rewards, sft=sft)
     if argv[0] not in experiments:
         names = '|'.join(experiments)
         raise InputError(f'usage: python -m lab.frontier {names} [--name=value ...]')

@@ -106,6 +106,11 @@ def frontier(folder, path):
         group = [line for line in lines if line[by] == label]
         error_bars(ax, column(group, 'kl'), group, 'reward', xerr=2 * column(group, 'kl_error'),
                    fmt='osD^v<>ph*XP'[k % 12], label=label, color=f'C{k}' if k < 10 else '0.2')
+    if os.path.exists(best := os.path.join(folder, 'best_of_n.jsonl')):
+        for key, mark, label in (('kl', 'k1', 'best of n = 2 to 64'),
+                                 ('bound', 'k|', r'the same at its bound, $\log n - (n-1)/n$')):
+            ax.plot(column(read_jsonl(best), key), column(read_jsonl(best), 'reward'), mark,
+                    ms=9, label=label)
     kl = column(lines, 'kl')
     ax.set(xlabel=KL, ylabel='expected gold reward', xscale='log',
            xlim=(min(0.05, max(0.8 * kl.min(), 1e-3)), 1.3 * max(0.1, kl.max())))

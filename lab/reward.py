@@ -6,7 +6,8 @@ A Bradley-Terry reward model: the GPT with a scalar head, trained by train.py li
 
 token_logps is 0 at each token of a response but the last, where the reward stands. Their sum over a
 response, which the training loop passes to the objective as its log-prob, is then the reward.
-So `logps` in a reward model's logs are rewards, too.
+So `logps` in a reward model's logs are rewards, too. And where rewards are known, they can be fitted
+directly: reward_distillation_loss, with the margins of lab/labels.py.
 Left out: centred rewards (the loss sees only differences), reward models of other architectures.
 """
 import torch.nn as nn
@@ -47,3 +48,19 @@ def reward_loss(policy_chosen_logps, policy_rejected_logps,
     z = policy_chosen_logps - policy_rejected_logps - margin
     losses = bernoulli_nll(z, label_smoothing, p)
     return losses, policy_chosen_logps.detach(), policy_rejected_logps.detach()
+
+
+def reward_distillation_loss(policy_chosen_logps, policy_rejected_logps,
+                             reference_chosen_logps, reference_rejected_logps, margin, beta=1.0):
+    """Reward distillation (Fisch et al. 2024, arXiv:2405.19316), the regression of REBEL (Gao et
+    al. 2024, arXiv:2404.16767) with eta = 1/beta:
+
+        loss = [beta log pi/pi_ref(y_w|x) - beta log pi/pi_ref(y_l|x) - (r(x, y_w) - r(x, y_l))]^2
+
+    DPO's implicit reward, fitted to known rewards by least squares; log Z(x) cancels in the
+    difference. `margin`, (B,), is r(x, y_w) - r(x, y_l), below 0 where rejected scored higher.
+    """
+    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
+    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
+    losses = (chosen_rewards - rejected_rewards - margin) ** 2
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()
