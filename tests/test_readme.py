@@ -98,7 +98,7 @@ def place(tmp_path_factory):
     os.mkdir('imdb')
     for kind in ('train_pos', 'train_neg', 'train_unsup', 'test_pos', 'test_neg'):
         tones = ('good', 'fine') if 'pos' in kind else ('bad', 'poor')
-        texts = [' '.join(f'The film was {rng.choice(tones)}.' for _ in range(4)) for _ in range(20)]
+        texts = (' '.join(f'The film was {rng.choice(tones)}.' for _ in 'abcd') for _ in range(20))
         Path(f'imdb/{kind}.jsonl').write_text(''.join(
             json.dumps(dict(text=text, label=kind.split('_')[1])) + '\n' for text in texts))
     train.train(train.load_config(['config/sft_demo.py', '--max_iters=60', '--eval_interval=60']))
