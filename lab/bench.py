@@ -1,27 +1,25 @@
 """
 Speed and memory beside TRL, transformers and tiktoken, on whatever device there is.
 
-    python -m lab.bench all                                  # every section; a table at the end
-    python -m lab.bench step memory --dataset=pairs.jsonl    # two sections, your data
+    python -m lab.bench all                                  # every section, as a table
+    python -m lab.bench step memory --dataset=pairs.jsonl    # your data
     python -m lab.bench step --model=llama --dtype=bfloat16  # the shape of SmolLM2-135M
 
-    step      pairs/s of an optimiser step: DPO beside TRL's DPOTrainer, SimPO beside CPOTrainer
-    memory    peak memory of the same steps
-    growth    ours alone: pairs/s and peak memory as max_length and the pairs of a step grow
-    prepare   tokens/s of prepare.py's path beside tiktoken's batch encoding of the same texts
-    generate  tokens/s of sample.py's generate beside transformers': greedy, the same weights
-    start     seconds from the command to the end of train.py's first step
+    step, memory   pairs/s and peak memory of a step (either name measures both): DPO beside TRL's
+                   DPOTrainer, SimPO beside CPOTrainer, at the fastest of the settings tried
+    growth         ours alone: the same, as max_length and the pairs of a step grow
+    prepare        tokens/s of prepare.py's path beside tiktoken's batch encoding of the same texts
+    generate       tokens/s of sample.py's generate beside transformers': greedy, the same weights
+    start          seconds from the command to the end of train.py's first step
 
 Contestants live in processes of their own and take turns: one works while the other waits. A ratio
 is the median over the rounds, with the least and the greatest. A round of `step` goes from token
-ids to updated weights, for DPO with the forward pass of a live reference. TRL runs its own training
-loop, at the fastest of the settings tried (each is printed), with the same weights and token ids;
-losses and gradient norms are compared. Utilisation counts the arithmetic that is needed (prompt
-once, vocabulary at response positions, no padding) against the fastest matrix product of the
-model's shapes, measured right after the rounds.
-
+ids to updated weights, for DPO with the forward pass of a live reference; weights and token ids are
+the same, and losses and gradient norms are compared. GFLOP/s count the arithmetic that is needed:
+the prompt once, the vocabulary at response positions, no padding.
 Needs Linux. Left out: evaluation, checkpoints, several GPUs, what is learnt (weights are random).
 """
+import contextlib
 import itertools
 import json
 import multiprocessing
@@ -36,7 +34,6 @@ from importlib import metadata
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.benchmark import Timer
 
 import train
 from configurator import InputError, configure, first_line, run
@@ -51,9 +48,10 @@ MODELS = dict(
     llama=GPTConfig(block_size=8192, vocab_size=49152, n_layer=30, n_head=9, n_kv_head=3,
                     n_embd=576, n_inner=1536, norm='rms', gated=True, bias='none',
                     rope_theta=100000.0, model_type='llama'))
+FAILURES = RuntimeError, InputError, EOFError, OSError    # the last two: the process was killed
 WORDS = 'the of and to in is it you that he was for on are with as his they be at one'.split()
-CONTESTS = {}                   # what has been measured
-TABLE = [['section', 'what', 'unit', 'ours', 'theirs', 'times better (range)', 'note'], 7 * ['---']]
+WARMUP = dict(cpu=1, cuda=4)    # rounds before those that count
+PROMPTS, NEW_TOKENS = 16, 128   # generate
 
 
 @dataclass
@@ -62,44 +60,34 @@ class Options(train.Config):    # the dataset, lengths, device, dtype, compile, 
     losses: str = 'dpo,simpo'
     orders: str = 'own,sorted'  # a fixed random order; steps of pairs of like length
     repeats: int = 3            # rounds that count
-    warmup: int = 0             # rounds before them; 0: 1 on a CPU, 4 on a GPU
-    prompts: int = 16           # generate
-    new_tokens: int = 128       # generate
     peers: bool = True          # step and memory: beside TRL
     dataset: str = ''           # empty: random words, as long as HH-harmless's texts
     tokenizer: str = 'gpt2'     # start, with llama: byte, which has fewer tokens
     val_fraction: float = 0.0
-    bad_records: str = 'skip'
     reference: str = 'live'
     batch_size: int = 0         # 0: 8 on a CPU, 64 on a GPU
 
 
-def row(section, what, unit, numbers, ratios=(), note=''):
-    """A line now, and again in the last table: `numbers` are ours, and a peer's if there is one."""
-    ratio = f'{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})' if ratios else ''
-    numbers = [f'{x:,.0f}' if x >= 1000 else f'{x:.3g}' for x in numbers]
-    TABLE.append([section, what, unit, *(numbers + [''])[:2], ratio, note])
-    print('* ' + ', '.join(filter(None, TABLE[-1])))
+def row(section, what, unit, rounds, note='', amount=0, key='seconds'):
+    """A line of the table. `rounds`: lists of answers of one or two contestants, ours first. What
+    they needed of `key`, or the `amount` of each round by it; theirs divided by ours."""
+    took = np.array([[answer[key] for answer in answers] for answers in rounds])
+    numbers = [amount / x if amount else x for x in took.mean(1)]
+    numbers = [f'{x:,.0f}' if x >= 1000 else f'{x:.3g}' for x in numbers] + ['']
+    ratio, ratios = '', (took[1:] / took[0]).flatten()
+    if len(ratios):
+        ratio = f'{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})'
+    return [section, what, unit, *numbers[:2], ratio, note]
 
 
-def speed_row(section, what, unit, amount, rounds, note=''):
-    """The speed over all rounds, lists of answers of one or two contestants: `amount` in each."""
-    took = np.array([[answer['seconds'] for answer in answers] for answers in rounds])
-    ratios = (took[1:] / took[0]).reshape(-1).tolist()
-    row(section, what, f'{unit}/s', amount * took.shape[1] / took.sum(1), ratios, note)
-
-
-# --------------------------------------------------------------------------------------------------
-# The pairs, the arithmetic they need, the machine
-
-
-def write_texts(path, n=10000):
-    """n records of random words. Lengths are log-normals fitted to HH-harmless's test split (2,312
+def write_texts(path):
+    """Records of random words. Lengths are log-normals fitted to HH-harmless's test split (2,312
     prompts, chosen and rejected responses, in tokens of GPT-2)."""
     rng = np.random.default_rng(0)
-    sizes = 1 + rng.lognormal((4.38, 3.37, 3.56), (1.00, 0.87, 0.93), (n, 3)).astype(int)
     with open(path, 'w') as f:
-        for texts in [[' ' + ' '.join(rng.choice(WORDS, k)) for k in row] for row in sizes]:
+        for _ in range(10000):
+            sizes = 1 + rng.lognormal((4.38, 3.37, 3.56), (1.00, 0.87, 0.93)).astype(int)
+            texts = [' ' + ' '.join(rng.choice(WORDS, size)) for size in sizes]
             f.write(json.dumps(dict(zip(('prompt', 'chosen', 'rejected'), texts))) + '\n')
     return path
 
@@ -107,10 +95,10 @@ def write_texts(path, n=10000):
 def get_pairs(cfg):
     """[(prompt, [chosen, rejected]), ...], lists of token ids, in a fixed random order."""
     pairs, end = Pairs(prepare(cfg)), MODELS[cfg.model].vocab_size - 1
-    drawn = [pairs[i] for i in np.random.default_rng(2).permutation(pairs.train)]
+    order = np.random.default_rng(2).permutation(pairs.train)
     # TRL ends each response; to random weights, it matters little which ids the others are
     return [((prompt % end).tolist(), [(r[:-1] % end).tolist() + [end] for r in responses])
-            for prompt, responses in drawn]
+            for prompt, responses in map(pairs.__getitem__, order)]
 
 
 def draw_steps(pairs, batch_size, order, n):
@@ -134,21 +122,6 @@ def needed(config, steps, loss):
     return (4 if loss == 'dpo' else 3) * total
 
 
-def matmul_rate(pause, cfg):
-    """FLOP/s of the fastest of the model's own matrix products and a square one."""
-    pause()
-    c, best = MODELS[cfg.model], 0.0
-    tokens, square = (2048, 2048) if cfg.device == 'cpu' else (16384, 8192)
-    for m, k, n in ((tokens, c.n_embd, c.n_inner), (tokens, c.n_inner, c.n_embd),
-                    (tokens // 4, c.n_embd, c.vocab_size), (square, square, square)):
-        a, b = (torch.randn(shape, device=cfg.device).to(getattr(torch, cfg.dtype))
-                for shape in ((m, k), (k, n)))
-        timer = Timer('torch.mm(a, b, out=out)', globals=dict(torch=torch, a=a, b=b, out=a @ b),
-                      num_threads=torch.get_num_threads())
-        best = max(best, 2 * m * k * n / min(timer.blocked_autorange(min_run_time=0.5).times))
-    pause(best)
-
-
 def clock(device):
     """The time when the device has done all that it was asked."""
     if device == 'cuda':
@@ -157,22 +130,11 @@ def clock(device):
 
 
 def peak_memory(device):
-    """The most GiB this process has had so far: tensors on a GPU, or resident memory."""
+    """The most GiB this process has had: tensors on a GPU, or resident memory."""
     if device == 'cuda':
         return torch.cuda.max_memory_allocated() / 2**30
     with open('/proc/self/status') as f:     # a child's ru_maxrss would start at its parent's
         return next(int(line.split()[1]) / 2**20 for line in f if line.startswith('VmHWM'))
-
-
-def machine(device):
-    """Hardware, versions and commit."""
-    with open('/proc/cpuinfo') as f:
-        cpu = f.read().partition('model name\t: ')[2].partition('\n')[0]
-    name = torch.cuda.get_device_name() if device == 'cuda' else cpu
-    versions = sorted(f'{d.name} {d.version}' for d in metadata.distributions()
-                      if d.name in ('torch', 'transformers', 'trl', 'tiktoken'))
-    git = subprocess.run('git describe --always --dirty'.split(), capture_output=True, text=True)
-    return ', '.join([name, f'{torch.get_num_threads()} threads', *versions, git.stdout.strip()])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -199,12 +161,8 @@ def take_turns(n, *contestants):
     context, running = multiprocessing.get_context('spawn'), []
 
     def turn(conn):
-        try:
-            conn.send('go')
-            answer = conn.recv()
-        except (EOFError, OSError):
-            raise RuntimeError('the process died; out of memory?')
-        if isinstance(answer, Exception):
+        conn.send('go')
+        if isinstance(answer := conn.recv(), Exception):
             raise answer
         return answer
     try:
@@ -214,13 +172,12 @@ def take_turns(n, *contestants):
             context.Process(target=child, args=(there, *contestant)).start()
             there.close()
             turn(here)
-        rounds = [[turn(conn) for conn in running] for _ in range(n)]
+        return list(zip(*([turn(conn) for conn in running] for _ in range(n))))
     finally:
         for conn in running:
             conn.close()
         for process in multiprocessing.active_children():
             process.join()
-    return [list(answers) for answers in zip(*rounds)]
 
 
 def repeat(pause, device, work):
@@ -256,12 +213,10 @@ def ours(pause, cfg, steps):
             sums = sums + train.metric_sums(losses, *rewards, logps)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         waiting = load_step(k + 1)
-        loss, norm = sums[0].item() / B, norm.item()
-        assert np.isfinite([loss, norm]).all(), 'the step is not finite'
+        answer = dict(loss=sums[0].item() / B, norm=norm.item())
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        end = clock(cfg.device)
-        pause(dict(seconds=end - begin, loss=loss, norm=norm, peak=peak_memory(cfg.device)))
+        pause(answer | dict(seconds=clock(cfg.device) - begin, peak=peak_memory(cfg.device)))
 
 
 def trl(pause, cfg, steps, rows, attention, compiled):
@@ -289,86 +244,69 @@ def trl(pause, cfg, steps, rows, attention, compiled):
             self.begin = clock(cfg.device)
 
         def on_log(self, args, state, control, logs, **kwargs):
-            took, peak = clock(cfg.device) - self.begin, peak_memory(cfg.device)
-            pause(dict(seconds=took, loss=logs['loss'], norm=logs['grad_norm'], peak=peak))
+            pause(dict(seconds=clock(cfg.device) - self.begin, loss=logs['loss'],
+                       norm=logs['grad_norm'], peak=peak_memory(cfg.device)))
             self.begin = clock(cfg.device)
     trainer, config, objective = DPOTrainer, DPOConfig, dict(beta=0.1)
     if cfg.loss == 'simpo':
         trainer, config = CPOTrainer, CPOConfig
         objective = dict(loss_type='simpo', beta=2.0, simpo_gamma=0.5, cpo_alpha=0.0)
-    cpu = cfg.device == 'cpu'
     args = config(
         output_dir=cfg.data_dir, max_steps=len(steps), per_device_train_batch_size=rows,
         gradient_accumulation_steps=cfg.batch_size // rows, train_sampling_strategy='sequential',
         max_length=MODELS[cfg.model].block_size, learning_rate=cfg.learning_rate, weight_decay=0.0,
         lr_scheduler_type='constant', optim='adamw_torch_fused', max_grad_norm=cfg.grad_clip,
         bf16=cfg.dtype == 'bfloat16', torch_compile=compiled, gradient_checkpointing=False,
-        use_cpu=cpu, dataloader_num_workers=0 if cpu else 2, logging_steps=1,
-        logging_nan_inf_filter=False, save_strategy='no', report_to='none',
+        use_cpu=cfg.device == 'cpu', dataloader_num_workers=2 * (cfg.device == 'cuda'),
+        logging_steps=1, save_strategy='no', report_to='none',
         model_init_kwargs=dict(attn_implementation=attention, dtype='float32'), **objective)
     trainer(model=cfg.init_from, args=args, train_dataset=Dataset.from_list(data),
             processing_class=tokenizer, callbacks=[Turns()]).train()
 
 
-# --------------------------------------------------------------------------------------------------
-# The sections and the command
-
-
 def search(cfg, steps):
-    """TRL's settings that run here, fastest first: [(seconds, GiB, words, settings), ...]. Fewer
-    pairs in a forward pass, with gradients accumulated, need less padding. Not tried: what costs
-    time (gradient checkpointing, offloading), and padding_free, which TRL 1.16 turns off itself."""
-    B, cpu, tried = cfg.batch_size, cfg.device == 'cpu', []
-    rows = sorted({n for n in (1 if cpu else B, B // 4, B) if n and B % n == 0})
-    axes = rows, ['sdpa', 'eager'] if cpu else ['sdpa'], sorted({False, cfg.compile})
-    for settings in itertools.product(*axes):
+    """TRL's settings that run here, fastest first: [(seconds, words, settings), ...]. Fewer pairs
+    in a forward pass, with gradients accumulated, need less padding. Not tried: what costs time
+    (gradient checkpointing, offloading), and padding_free, which TRL 1.16 turns off itself."""
+    B, tried = cfg.batch_size, []
+    rows = [n for n in sorted({1, B // 4, B}) if n and B % n == 0]
+    rows, kinds = (rows, ['sdpa', 'eager']) if cfg.device == 'cpu' else (rows[1:], ['sdpa'])
+    for settings in itertools.product(rows, kinds, sorted({False, cfg.compile})):
         words = f'TRL {settings[1]}, {settings[0]} a pass' + ', compile' * settings[2]
         try:
-            last = take_turns(cfg.warmup + 1, (trl, cfg, steps, *settings))[0][-1]
-            tried.append((last['seconds'], last['peak'], words, settings))
+            last = take_turns(WARMUP[cfg.device] + 1, (trl, cfg, steps, *settings))[0][-1]
+            tried.append((last['seconds'], words, settings))
             words += f': {B / last["seconds"]:.2f} pairs/s, {last["peak"]:.2f} GiB'
-        except RuntimeError as e:
-            words += f': does not run here ({e})'
-        print(f'  {cfg.loss}, {words}')
+        except FAILURES as e:
+            words += f': does not run here ({first_line(e)})'
+        print(f'{cfg.loss}, {words}')
     return sorted(tried)
 
 
 def contest(cfg, order, peers):
     """Steps of ours and, with `peers`, of TRL's at its fastest -> (words, rounds of each, note)."""
-    steps = draw_steps(get_pairs(cfg), cfg.batch_size, order, cfg.warmup + cfg.repeats)
-    tried = search(cfg, steps) if peers else []
-    theirs = [(trl, cfg, steps, *settings) for *_, settings in tried[:1]]
-    rounds = take_turns(len(steps), (ours, cfg, steps), *theirs)
-    rate = take_turns(1, (matmul_rate, cfg))[0][0]
-    what, note = f'{cfg.loss}, {order} order, {cfg.batch_size} pairs, {cfg.dtype}', ''
-    what += ', compile' * cfg.compile
+    warmup = WARMUP[cfg.device]
+    steps = draw_steps(get_pairs(cfg), cfg.batch_size, order, warmup + cfg.repeats)
+    tried = search(cfg, steps)[:1] if peers else []
+    rounds = take_turns(len(steps), (ours, cfg, steps), *(
+        (trl, cfg, steps, *settings) for *_, settings in tried))
+    what = [cfg.loss, f'{order} order', f'{cfg.batch_size} pairs', cfg.dtype]
+    what += ['compile'] * cfg.compile + [words for _, words, _ in tried]
+    flops = needed(MODELS[cfg.model], steps[warmup:], cfg.loss)
+    note = ''
     if tried:
-        what += f'; {tried[0][2]}'
         apart = max(abs(a[x] / b[x] - 1) for a, b in zip(*rounds) for x in ('loss', 'norm'))
-        differ = ': THEY DIFFER' if cfg.dtype == 'float32' and not apart <= 1e-3 else ''
-        note = f'; losses and gradient norms within {apart:.0e}{differ}'
-    rounds = [answers[cfg.warmup:] for answers in rounds]
-    least = needed(MODELS[cfg.model], steps[cfg.warmup:], cfg.loss) / rate   # if products were all
-    used = ' and '.join(f'{least / sum(a["seconds"] for a in answers):.0%}' for answers in rounds)
-    return what, rounds, f'utilisation {used} of {rate / 1e9:,.0f} GFLOP/s{note}'
-
-
-def contests(o):
-    for key in itertools.product(o.losses.split(','), o.orders.split(',')):
-        if key not in CONTESTS:
-            CONTESTS[key] = contest(replace(o, loss=key[0]), key[1], o.peers)
-        yield CONTESTS[key]
+        note = f', losses and gradient norms within {apart:.0e}'
+    rounds = [answers[warmup:] for answers in rounds]
+    rates = [f'{flops / 1e9 / sum(a["seconds"] for a in each):,.0f} GFLOP/s' for each in rounds]
+    return ', '.join(what), rounds, ', '.join(rates) + note
 
 
 def step(o):
-    for what, rounds, note in contests(o):
-        speed_row('step', what, 'pairs', o.batch_size, rounds, note)
-
-
-def memory(o):
-    for what, rounds, _ in contests(o):
-        peaks = [answers[-1]['peak'] for answers in rounds]
-        row('memory', what, 'GiB', peaks, [peak / peaks[0] for peak in peaks[1:]])
+    for loss, order in itertools.product(o.losses.split(','), o.orders.split(',')):
+        what, rounds, note = contest(replace(o, loss=loss), order, o.peers)
+        yield row('step', what, 'pairs/s', rounds, note, o.batch_size)
+        yield row('memory', what, 'GiB', [answers[-1:] for answers in rounds], key='peak')
 
 
 def growth(o):
@@ -376,8 +314,8 @@ def growth(o):
     for length, size in itertools.product((256, 512, 1024), sizes):
         cfg = replace(o, max_length=length, max_prompt_length=length // 2, batch_size=size)
         what, rounds, note = contest(cfg, 'own', peers=False)
-        speed_row('growth', f'max_length {length}, {what}', 'pairs', size, rounds,
-                  f'{rounds[0][-1]["peak"]:.2f} GiB, {note}')
+        yield row('growth', f'max_length {length}, {what}', 'pairs/s', rounds,
+                  f'{rounds[0][-1]["peak"]:.2f} GiB, {note}', size)
 
 
 def our_prepare(pause, cfg):
@@ -395,14 +333,15 @@ def their_prepare(pause, cfg):
 def preparation(o):
     uncut = replace(o, max_length=2**20, max_prompt_length=2**19)
     rounds = take_turns(1 + o.repeats, (our_prepare, uncut), (their_prepare, uncut))
-    tokens = Pairs(rounds[0][0]['result']).meta['tokens']
-    speed_row('prepare', f'{o.tokenizer}; tiktoken', 'tokens', tokens, [a[1:] for a in rounds])
+    tokens = len(Pairs(rounds[0][0]['result']).tokens)
+    rounds = [answers[1:] for answers in rounds]
+    yield row('prepare', f'{o.tokenizer}; tiktoken', 'tokens/s', rounds, amount=tokens)
 
 
 def our_generate(pause, cfg, prompts):
     model = load(cfg.init_from).to(cfg.device)
     repeat(pause, cfg.device, lambda: generate(
-        model, prompts, cfg.new_tokens, ends={-1}, temperature=0))             # -1: nothing ends
+        model, prompts, NEW_TOKENS, ends={-1}, temperature=0))             # -1: nothing ends
 
 
 def their_generate(pause, cfg, prompts):
@@ -411,69 +350,70 @@ def their_generate(pause, cfg, prompts):
     tokens, mask = (pad_sequence(list(map(torch.tensor, rows)), True, 0, 'left').to(cfg.device)
                     for rows in (prompts, [[1] * len(prompt) for prompt in prompts]))
     repeat(pause, cfg.device, lambda: model.generate(
-        tokens, attention_mask=mask, max_new_tokens=cfg.new_tokens, do_sample=False,
+        tokens, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False,
         pad_token_id=0)[:, tokens.size(1):].tolist())
 
 
 def generation(o):
-    prompts, n = [prompt for prompt, _ in get_pairs(o)[:o.prompts]], o.warmup + o.repeats
-    rounds = take_turns(n, (our_generate, o, prompts), (their_generate, o, prompts))
+    prompts = [prompt for prompt, _ in get_pairs(o)[:PROMPTS]]
+    rounds = take_turns(1 + o.repeats, (our_generate, o, prompts), (their_generate, o, prompts))
     same = sum(a == b for a, b in zip(*(answers[0]['result'] for answers in rounds)))
-    what = f'{o.prompts} prompts, {o.new_tokens} new tokens, float32; transformers'
-    speed_row('generate', what, 'tokens', o.prompts * o.new_tokens,
-              [answers[o.warmup:] for answers in rounds], f'{same} responses are the same')
+    what = f'{PROMPTS} prompts, {NEW_TOKENS} new tokens, float32; transformers'
+    yield row('generate', what, 'tokens/s', [answers[1:] for answers in rounds],
+              f'{same} responses are the same', PROMPTS * NEW_TOKENS)
 
 
 def start(o):
     """config/dpo_gpt2.py on these weights, twice: the second finds data and reference prepared."""
+    names = 'init_from dataset tokenizer data_dir batch_size device dtype compile'
     command = [sys.executable, '-u', 'train.py', 'config/dpo_gpt2.py', '--max_iters=8',
-               '--eval_pairs=1', '--overwrite', f'--out_dir={os.path.join(o.data_dir, "run")}']
-    names = 'init_from dataset tokenizer data_dir bad_records batch_size device dtype compile'
-    command += [f'--{name}={getattr(o, name)}' for name in names.split()]
+               '--eval_pairs=1', '--overwrite', f'--out_dir={o.data_dir}/run',
+               *(f'--{name}={getattr(o, name)}' for name in names.split())]
     took = []
     for _ in range(2):
         begin = time.perf_counter()
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            line = next((line for line in process.stdout if line.startswith('first step')), '')
+            if not any(line.startswith('first step') for line in process.stdout):
+                raise RuntimeError('train.py has not come to its first step')
             took.append(time.perf_counter() - begin)
             process.kill()
-        if not line:
-            raise RuntimeError('train.py has not come to its first step')
-    note = f'data and reference prepared; {took[0]:.1f} before; without imports: {line.strip()}'
-    row('start', f'{o.batch_size} pairs, {o.dtype}', 's', took[1:], note=note)
+    yield row('start', f'{o.batch_size} pairs, {o.dtype}', 's', [[dict(seconds=took[1])]],
+              f'data and reference prepared; {took[0]:.1f} before')
 
 
-SECTIONS = dict(step=step, memory=memory, growth=growth, prepare=preparation, generate=generation,
+SECTIONS = dict(step=step, memory=step, growth=growth, prepare=preparation, generate=generation,
                 start=start)
 
 
 def main(argv):
-    sections = [arg for arg in argv if not arg.startswith('-')]
+    sections = {arg for arg in argv if not arg.startswith('-')}
     o = configure(Options, [arg for arg in argv if arg.startswith('-')])
-    for names, choices in ((sections, [*SECTIONS, 'all']), ([o.model], list(MODELS)),
-                           (o.losses.split(','), ['dpo', 'simpo']),
-                           (o.orders.split(','), ['own', 'sorted'])):
-        if unknown := set(names) - set(choices):
-            raise InputError(f'{unknown.pop()!r} is not one of {", ".join(choices)}')
+    names = [*sections, o.model, *o.losses.split(','), *o.orders.split(',')]
+    if unknown := {*names} - {*SECTIONS, 'all', *MODELS, 'dpo', 'simpo', 'own', 'sorted'}:
+        raise InputError(f'{unknown.pop()!r} is no section, model, loss or order')
     train.load_config([f'--device={o.device}', f'--dtype={o.dtype}'])    # raises InputError
     train.setup_machine(o)
     o.batch_size = o.batch_size or (8 if o.device == 'cpu' else 64)
-    o.warmup = o.warmup or (1 if o.device == 'cpu' else 4)
-    sys.stdout.reconfigure(line_buffering=True)
     os.environ |= dict(OMP_WAIT_POLICY='PASSIVE', HF_HUB_OFFLINE='1')    # who waits must not spin
-    print(head := f'{machine(o.device)}; {o.model}, max_length {o.max_length}')
-    with tempfile.TemporaryDirectory() as o.data_dir:
+    with open('/proc/cpuinfo') as f:
+        cpu = f.read().partition('model name\t: ')[2].partition('\n')[0]
+    versions = [f'{d.name} {d.version}' for d in metadata.distributions()
+                if d.name in ('torch', 'transformers', 'trl', 'tiktoken')]
+    print(*[torch.cuda.get_device_name() if o.device == 'cuda' else cpu, *versions,
+            f'{torch.get_num_threads()} threads', o.model, f'max_length {o.max_length}'], sep=', ')
+    print('\n| section | what | unit | ours | theirs | ratio | note |\n' + '| --- ' * 7 + '|')
+    table = sys.stdout                   # what others say goes to stderr
+    with tempfile.TemporaryDirectory() as o.data_dir, contextlib.redirect_stdout(sys.stderr):
         o.init_from = os.path.join(o.data_dir, 'weights')
         torch.manual_seed(0)
         save(GPT(MODELS[o.model]), o.init_from)
         o.dataset = o.dataset or write_texts(os.path.join(o.data_dir, 'words.jsonl'))
-        for section in SECTIONS if 'all' in sections or not sections else sections:
+        for section in dict.fromkeys(f for name, f in SECTIONS.items() if {name, 'all'} & sections):
             try:
-                SECTIONS[section](o)
-            except (RuntimeError, InputError) as e:
-                print(f'  {section}: does not run here ({e})')
-    print(f'\n{head}\n')
-    print('\n'.join('| ' + ' | '.join(line) + ' |' for line in TABLE))
+                for line in section(o):
+                    print('| ' + ' | '.join(line) + ' |', file=table, flush=True)
+            except FAILURES as e:
+                print(f'{section.__name__}: does not run here ({first_line(e)})')
 
 
 if __name__ == '__main__':

@@ -1,8 +1,6 @@
 """
 Score responses, and use the scores: labels, best of n, rejection sampling, rankings.
 
-    python -m lab.judge score|label|best|reject|rank JUDGE FILE [--name=value ...]
-
     python -m lab.judge score out/reward_demo pairs.jsonl      # scores; the accuracy on pairs
     python -m lab.judge label out/rm1,out/rm2 pairs.jsonl      # p = sigma(r_1 - r_2), for DPO
     python -m lab.judge best out/reward_demo samples.jsonl     # best of n, for SFT
@@ -16,13 +14,11 @@ A judge is one of these, or several with commas between them, whose scores are a
     out/dpo_demo         any other run: its objective's implicit reward; DPO's is beta log pi/pi_ref
     mine.py:kindness     your function: kindness(prompt, [response, ...]) -> a number for each
 
-FILE is anything that prepare.py reads, or completions as `sample.py --n=16 --out=samples.jsonl`
-writes them. best, reject and rank take all responses to one prompt together. They and label write
-what prepare.py reads. The difference of two scores is read as the log-odds that the first
-response is better.
+The file is anything that prepare.py reads, or completions as `sample.py --n=16 --out=samples.jsonl`
+writes them. best, reject and rank take all responses to one prompt together, whichever model wrote
+them. The difference of two scores is the log-odds that the first response is better.
 Left out: completions of prompts that a chat template wrote (their text no longer is a chat).
 """
-import inspect
 import json
 import os
 import pkgutil
@@ -34,14 +30,25 @@ import torch
 import train
 from configurator import InputError, atomic_write, configure, first_line, run, run_config
 from lab import films
-from prepare import NUMBERS, parse, read_record, read_source, text_of, tokenize
+from prepare import NUMBERS, parse, read_record, read_source, tokenize
 from tokenizer import get_tokenizer
 from weights import find, load, load_checkpoint, tokenizer_of
 
+VERBS = ('score', 'label', 'best', 'reject', 'rank')
 LABELS = ('best', 'sample', 'soft')      # see `rank`
 
+
+@dataclass
+class Options:
+    out: str = ''              # empty: the file's name with the verb, in the current folder
+    beta: float = 1.0          # of reject
+    labels: str = 'best'       # of rank: best, sample or soft
+    seed: int = 1337
+    device: str = ''           # empty: cuda where there is one, else cpu
+
+
 # --------------------------------------------------------------------------------------------------
-# Runs: the Config that a checkpoint was trained with, and its reference
+# Judges: functions (n prompts, n lists of responses) -> n arrays of scores
 
 
 def read_run(name):
@@ -49,12 +56,11 @@ def read_run(name):
     path = find(name)
     if os.path.isdir(path):
         raise InputError(f'{name}: not a run of train.py, which knows its objective and reference')
-    checkpoint, cfg = load_checkpoint(path), train.Config()
-    options = dict(checkpoint['config'])
-    for field in fields(train.Config):
-        setattr(cfg, field.name, options.pop(field.name))
-    cfg.options = options
-    try:                                 # saved by name: module.function
+    checkpoint = load_checkpoint(path)
+    settings = dict(checkpoint['config'])
+    cfg = train.Config(**{field.name: settings.pop(field.name) for field in fields(train.Config)})
+    cfg.options = settings
+    try:                                 # saved by their names
         cfg.model_class = pkgutil.resolve_name(cfg.model_class)
         cfg.loss = pkgutil.resolve_name(cfg.loss) if '.' in cfg.loss else cfg.loss
     except (ImportError, AttributeError, ValueError) as e:
@@ -73,42 +79,28 @@ def load_reference(cfg, checkpoint):
     return reference
 
 
-# --------------------------------------------------------------------------------------------------
-# Judges: functions (n prompts, n lists of responses) -> n arrays of scores
-
-
 def load_judge(names, device=''):
     """The judge of that name, see the top of this file. Raises InputError where there is none."""
     judges = [load_one(name, device) for name in names.split(',')]
-
-    def judge(prompts, responses):
-        scores = [one(prompts, responses) for one in judges]
-        return [np.mean(each, axis=0) for each in zip(*scores)]
-    return judge
+    return lambda prompts, responses: [
+        np.mean(each, axis=0) for each in zip(*(one(prompts, responses) for one in judges))]
 
 
 def load_one(name, device):
-    if name == 'gold':
-        return function_judge(films.gold_rewards, name)
     path, colon, function = name.rpartition('.py:')
-    if not colon:
+    if name != 'gold' and not colon:
         return run_judge(name, device)
-    functions = run_config(path + '.py')
+    functions = run_config(path + '.py') if colon else dict(gold=films.gold_rewards)
     if function not in functions:
         raise InputError(f'judge: {path}.py has no function {function!r}')
-    return function_judge(functions[function], name)
 
-
-def function_judge(function, name):
-    """A function (prompt, responses) -> scores as a judge, which checks what it returns."""
-    def score(prompt, responses):
+    def score(prompt, texts):
         try:
-            scores = np.asarray(function(prompt, list(responses)), dtype=np.float64)
+            scores = np.asarray(functions[function](prompt, list(texts)), dtype=np.float64)
+            assert scores.shape == (len(texts),) and np.isfinite(scores).all(), (
+                'not a finite number for each response')
         except Exception as e:           # the user's code
             raise InputError(f'judge: {name}: {first_line(e)}')
-        if scores.shape != (len(responses),) or not np.isfinite(scores).all():
-            raise InputError(f'judge: {name} must return a finite number for each of '
-                             f'{len(responses)} responses, and returned {str(scores)[:100]}')
         return scores
     return lambda prompts, responses: [score(*each) for each in zip(prompts, responses)]
 
@@ -125,13 +117,18 @@ def run_judge(name, device):
     if train.asks_for(cfg, 'reference'):
         models.append(load_reference(cfg, checkpoint).to(cfg.device))
 
+    @torch.no_grad()
     def judge(prompts, responses):
         pairs = [(ids, [tokens]) for prompt, texts in zip(prompts, responses)
                  for ids, tokens in encode(prompt, texts, tokenizer, cfg)]
-        logps, *reference_logps = (sum_logps(model, pairs, cfg) for model in models)   # (N, 1) each
+        sums = torch.zeros(len(models), len(pairs), 1)       # log pi(y|x) or r(x, y), log pi_ref
+        for rows in np.array_split(np.arange(len(pairs)), -(-len(pairs) // 256)):
+            for at, batch in train.batches(pairs, rows, 1, cfg):
+                for k, model in enumerate(models):
+                    sums[k, at] = batch.sum_by_response(model.token_logps(batch)).cpu()
         lengths = torch.tensor([[len(tokens)] for _, (tokens,) in pairs])
         numbers = {number: torch.full((len(pairs),), x) for number, x in NUMBERS.items()}
-        rewards = train.apply_loss(cfg, logps, *reference_logps or [None], lengths, numbers)[1]
+        rewards = train.apply_loss(cfg, sums[0], sums[-1], lengths, numbers)[1]
         if rewards is None:
             raise InputError(f'judge: {name} was trained with a loss that has no rewards')
         ends = np.cumsum([len(texts) for texts in responses])
@@ -148,102 +145,54 @@ def encode(prompt, responses, tokenizer, cfg):
     return [(ids, tokens[0]) for ids, tokens, _ in found]
 
 
-@torch.no_grad()
-def sum_logps(model, pairs, cfg):
-    """log pi(y|x), or a reward model's r(x, y), of [(prompt, [response]), ...]: (N, 1)."""
-    sums = torch.zeros(len(pairs), 1)
-    for i in range(0, len(pairs), 256):
-        for rows, batch in train.batches(pairs, np.arange(i, min(i + 256, len(pairs))), 1, cfg):
-            sums[rows] = batch.sum_by_response(model.token_logps(batch)).cpu()
-    return sums
-
-
 # --------------------------------------------------------------------------------------------------
-# Verbs: (responses to a prompt, their scores, rng, options) -> (responses, p), or None: no record
-
-
-def label(responses, scores, rng):
-    """A pair with Bradley-Terry's probability that its first response is better."""
-    if len(responses) != 2:
-        raise InputError(f'label: a prompt with {len(responses)} responses, not 2')
-    return responses, sigmoid(scores[0] - scores[1])
-
-
-def best(responses, scores, rng):
-    return [responses[scores.argmax()]], 1.0
+# The command: what to do with the scores of the responses to a prompt
 
 
 def reject(responses, scores, rng, beta=1.0):
-    """Rejection sampling (Liu et al. 2023, arXiv:2309.06657): samples of pi_ref that are accepted
-    with probability exp((r - max r)/beta) are samples of pi_ref exp(r/beta)/Z. Here max r is the
-    largest of these n, so few samples tilt too little. The first accepted one is taken: with all
-    of them, easy prompts would count more."""
+    """Rejection sampling (Liu et al. 2023, arXiv:2309.06657): samples of pi_ref, accepted with
+    probability exp((r - max r)/beta), are samples of pi_ref exp(r/beta)/Z. max r is the largest of
+    these n, so few tilt too little. The first is taken: of all, easy prompts would have more."""
     accepted = rng.random(len(scores)) < np.exp((scores - scores.max()) / beta)
-    return [responses[accepted.argmax()]], 1.0
+    return responses[accepted.argmax()]
 
 
 def rank(responses, scores, rng, labels='best'):
-    """All responses, best first. labels 'best': by score. 'sample': drawn from the Plackett-Luce
-    model of the scores, for two responses Bradley-Terry's (sorting by score plus Gumbel noise draws
-    from it). 'soft': the best and the worst, with Bradley-Terry's probability as p."""
+    """-> (all responses, best first; p), or None where all are the same. labels 'best': by score.
+    'sample': drawn from the Plackett-Luce model of the scores, which sorting by score plus Gumbel
+    noise does. 'soft': the best and the worst, with Bradley-Terry's probability as p."""
     if all(response == responses[0] for response in responses):
         return None
     noise = rng.gumbel(size=len(scores)) if labels == 'sample' else 0.0
-    order = np.argsort(-(scores + noise), kind='stable')
+    ranked = [responses[i] for i in np.argsort(-(scores + noise), kind='stable')]
     if labels == 'soft':
-        first, last = order[0], order[-1]
-        return [responses[first], responses[last]], sigmoid(scores[first] - scores[last])
-    return [responses[i] for i in order], 1.0
-
-
-def sigmoid(x):
-    return float(np.exp(-np.logaddexp(0, -x)))
+        margin = torch.tensor(scores.max() - scores.min())
+        return [ranked[0], ranked[-1]], margin.sigmoid().item()
+    return ranked, 1.0
 
 
 def as_record(prompt, responses, p=1.0):
     """A record of a shape that prepare.py knows."""
     pair = dict(zip(('chosen', 'rejected'), responses))
     texts = pair if len(responses) <= 2 else dict(responses=responses)
-    return dict(prompt=prompt) | texts | (dict(p=p) if p != 1 else {})
-
-
-# --------------------------------------------------------------------------------------------------
-# The command
-
-VERBS = dict(label=label, best=best, reject=reject, rank=rank)
-
-
-@dataclass
-class Options:                 # and those of the verb: its function's last parameters
-    out: str = ''              # empty: FILE's name with the verb, in the current folder
-    seed: int = 1337
-    device: str = ''           # empty: cuda where there is one, else cpu
-
-
-def verb_options(verb):
-    parameters = inspect.signature(VERBS[verb]).parameters if verb in VERBS else {}
-    return {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+    return dict(prompt=prompt, **texts, **(dict(p=p) if p != 1 else {}))
 
 
 def read_texts(stream, grouped=False):
     """Records or completions -> [(prompt, responses), ...]; `grouped`: one entry for each prompt.
     A prompt is text or messages. Completions that did not come to their end are left out."""
-    entries, models, unfinished = {}, set(), 0
+    entries, unfinished = {}, 0
     for where, raw in stream:
         try:
             record = parse(raw)
             if isinstance(record, dict) and 'response' in record:
-                models.add(record.get('model'))
                 if record.get('ended') is False or not str(record['response']).strip():
                     unfinished += 1
                     continue
-                prompt, responses = text_of(record.get('prompt'), 'prompt'), [record['response']]
-            else:
-                prompt, responses, *_ = read_record(record)
+                record = dict(prompt=record.get('prompt'), responses=[record['response']])
+            prompt, responses, *_ = read_record(record)
         except InputError as e:
             raise InputError(f'{where}: {e}')
-        if grouped and len(models) > 1:
-            raise InputError(f'{where}: completions of a second model')
         # a chat's response is a list of messages, mostly of one
         texts = [r if isinstance(r, str) or len(r) > 1 else r[0]['content'] for r in responses]
         key = json.dumps(prompt) if grouped else len(entries)
@@ -257,9 +206,8 @@ def read_texts(stream, grouped=False):
 
 def summary(scores):
     """Mean and deviation; for records of several responses, how often the first beats the last."""
-    every = np.concatenate(scores)
+    every, margins = np.concatenate(scores), np.array([s[0] - s[-1] for s in scores if len(s) > 1])
     text = f'{len(every):,} responses, scores {every.mean():+.4f} +- {every.std():.4f} (deviation)'
-    margins = np.array([each[0] - each[-1] for each in scores if len(each) > 1])
     if len(margins):
         right = ((margins > 0) + 0.5 * (margins == 0)).mean()
         error = np.sqrt(right * (1 - right) / len(margins))
@@ -268,24 +216,29 @@ def summary(scores):
 
 
 def main(argv):
-    verbs = '|'.join(['score', *VERBS])
-    if len(argv) < 3 or argv[0] not in verbs.split('|') or any(a.startswith('-') for a in argv[:3]):
-        raise InputError(f'usage: python -m lab.judge {verbs} JUDGE FILE [--name=value ...]')
-    verb, names, path = argv[:3]
-    o = configure(Options, argv[3:], lambda o: verb_options(verb))
-    if o.options.get('beta', 1) <= 0:
-        raise InputError(f'beta: {o.options["beta"]} is not above 0')
-    if o.options.get('labels', 'best') not in LABELS:
-        raise InputError(f'labels: {o.options["labels"]!r} is not one of {", ".join(LABELS)}')
-    out = o.out or f'{os.path.basename(path).split(".")[0]}-{verb}.jsonl'
+    if len(argv) < 3 or argv[0] not in VERBS:
+        raise InputError(f'usage: python -m lab.judge {"|".join(VERBS)} JUDGE FILE')
+    (verb, names, path), o = argv[:3], configure(Options, argv[3:])
+    if o.beta <= 0 or o.labels not in LABELS:
+        raise InputError(f'beta is to be above 0, and labels one of {", ".join(LABELS)}')
     judge, rng = load_judge(names, o.device), np.random.default_rng(o.seed)
     entries = read_texts(read_source(path), grouped=verb not in ('score', 'label'))
     scores, records = judge(*zip(*entries)), []
     for (prompt, responses), each in zip(entries, scores):
         if verb == 'score':
             records.append(dict(prompt=prompt, responses=responses, scores=each.tolist()))
-        elif found := VERBS[verb](responses, each, rng, **o.options):
+        elif verb == 'label' and len(responses) != 2:
+            raise InputError(f'label: a prompt with {len(responses)} responses, not 2')
+        elif verb == 'label':
+            p = torch.tensor(each[0] - each[1]).sigmoid().item()
+            records.append(as_record(prompt, responses, p))
+        elif verb == 'best':
+            records.append(as_record(prompt, [responses[each.argmax()]]))
+        elif verb == 'reject':
+            records.append(as_record(prompt, [reject(responses, each, rng, o.beta)]))
+        elif found := rank(responses, each, rng, o.labels):
             records.append(as_record(prompt, *found))
+    out = o.out or f'{os.path.basename(path).split(".")[0]}-{verb}.jsonl'
     with atomic_write(out) as f:
         f.writelines(json.dumps(record) + '\n' for record in records)
     if verb in ('score', 'label'):
