@@ -15,7 +15,7 @@ import numpy as np
 
 from configurator import atomic_write
 from lab import films
-from lab.judge import load_judge, reject, sigmoid
+from lab.judge import load_judge, reject
 from lab.plot import read_jsonl
 from weights import load
 
@@ -31,11 +31,13 @@ def write(path, judge, what, records):
 def scored(path, judge, number):
     """The pairs of a file with a judge's opinion: 'p' = sigma(r_w - r_l) or 'margin' = r_w - r_l,
     below 0.5 or 0 where the judge prefers rejected -> the path of the new file."""
-    pairs, of = read_jsonl(path), dict(p=sigmoid, margin=float)[number]
+    pairs = read_jsonl(path)
     responses = [[pair['chosen'], pair['rejected']] for pair in pairs]
     scores = load_judge(judge)([pair['prompt'] for pair in pairs], responses)
+    margins = np.array([w - l for w, l in scores])
+    values = 1 / (1 + np.exp(-margins)) if number == 'p' else margins
     return write(path, judge, number, (
-        pair | {number: of(w - l)} for pair, (w, l) in zip(pairs, scores)))
+        pair | {number: value} for pair, value in zip(pairs, values.tolist())))
 
 
 def accepted(path, judge, base, n=8, seed=1, world=films.FILMS):
@@ -49,5 +51,5 @@ def accepted(path, judge, base, n=8, seed=1, world=films.FILMS):
     prompts, groups = zip(*((p, group) for p, group in zip(prompts, groups) if group))
     scores = load_judge(judge)(prompts, groups)
     return write(path, judge, f'accepted-of-{n}', (
-        dict(prompt=p, chosen=reject(group, each, rng)[0][0])
+        dict(prompt=p, chosen=reject(group, each, rng))
         for p, group, each in zip(prompts, groups, scores)))
