@@ -106,12 +106,13 @@ def frontier(folder, path):
         group = [line for line in lines if line[by] == label]
         error_bars(ax, column(group, 'kl'), group, 'reward', xerr=2 * column(group, 'kl_error'),
                    fmt='osD^v<>ph*XP'[k % 12], label=label, color=f'C{k}' if k < 10 else '0.2')
-    if os.path.exists(best := os.path.join(folder, 'best_of_n.jsonl')):
+    kl = column(lines, 'kl')
+    if os.path.exists(path_of_best := os.path.join(folder, 'best_of_n.jsonl')):
+        best = read_jsonl(path_of_best)
         for key, mark, label in (('kl', 'k1', 'best of n = 2 to 64'),
                                  ('bound', 'k|', r'the same at its bound, $\log n - (n-1)/n$')):
-            ax.plot(column(read_jsonl(best), key), column(read_jsonl(best), 'reward'), mark,
-                    ms=9, label=label)
-    kl = column(lines, 'kl')
+            ax.plot(column(best, key), column(best, 'reward'), mark, ms=9, label=label)
+        kl = np.append(kl, column(best, 'bound'))
     ax.set(xlabel=KL, ylabel='expected gold reward', xscale='log',
            xlim=(min(0.05, max(0.8 * kl.min(), 1e-3)), 1.3 * max(0.1, kl.max())))
     ax.legend(fontsize=7, loc='upper left')
