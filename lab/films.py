@@ -1,12 +1,12 @@
 """
 The built-in world: a small language whose right answer is known. The demo's configs call it:
 
-    init_from = films.base_model()      # trained first, as config/sft_demo.py says, where it is missing
-    dataset = films.pairs(init_from)    # sampled from it and labelled, once
-    at_end = films.report               # prints where the policy lies beside the optimum
+    init_from = films.base_model()     # trained first, as config/sft_demo.py says, if it is missing
+    dataset = films.pairs(init_from)   # sampled from it and labelled, once
+    at_end = films.report              # prints where the policy lies beside the optimum
 
-The language: one-line film reviews from a grammar. A prompt names who reviews what, and that decides
-how kind the review tends to be. The gold reward of a review: words of praise minus words of blame.
+The language: one-line film reviews from a grammar. A prompt names who reviews what, and that
+decides how kind the review tends to be. The gold reward: words of praise minus words of blame.
 
     ann on iron river (war): great plot, dull cast but lovely score.      reward 2 - 1 = 1
 
@@ -54,7 +54,7 @@ def draw_prompt(rng):
 
 
 def draw_review(rng, kindness):
-    """One to four clauses of praise, blame or neither; 'but' joins opposites, 'and' the last one."""
+    """One to four clauses of praise, blame or neither; 'but' joins opposites, 'and' the last."""
     weights = np.exp([kindness, -kindness, 0.0])
     tones = rng.choice(3, size=rng.integers(1, 5), p=weights / weights.sum())
     aspects = rng.permutation(ASPECTS)
@@ -94,7 +94,7 @@ class World:
     draw_prompts: Callable   # (n, seed) -> n texts
     reward: Callable         # (prompts, responses), as many texts of each -> their gold rewards
     max_new_tokens: int
-    labels: str = 'sample'   # who wins: 'sample', by chance, as Bradley-Terry says; 'best', by reward
+    labels: str = 'sample'   # who wins: 'sample', by Bradley-Terry's chance; 'best', by reward
 
     def sample(self, model, prompts, seed, rows=1024):
         """One response, as token ids, to each prompt."""
@@ -127,8 +127,8 @@ def draw_pairs(model, n, seed=1, world=FILMS):
         rewards = world.reward(prompts * 2, texts)
         for i, prompt in enumerate(prompts):
             j = i + len(prompts)
-            usable = all(ended[k] and texts[k].strip()
-                         and tokenizer.encode(texts[k]).tolist() == responses[k][:-1] for k in (i, j))
+            usable = all(ended[k] and texts[k].strip() and responses[k][:-1]
+                         == tokenizer.encode(texts[k]).tolist() for k in (i, j))
             if n == 0 or texts[i] == texts[j] or not usable:
                 continue
             margin = rewards[i] - rewards[j]
@@ -171,8 +171,8 @@ def base_model(config='config/sft_demo.py'):
 def pairs(base, n=6000, seed=1, data_dir='data', world=FILMS, name='films'):
     """Pairs sampled from the model `base` and labelled -> the path of a .jsonl file."""
     model = load(base)
-    best = '-best' * (world.labels == 'best')
-    path = os.path.join(data_dir, f'{name}-pairs{best}-{n}-{seed}-{train.fingerprint_of(model)[:8]}.jsonl')
+    best, weights = '-best' * (world.labels == 'best'), train.fingerprint_of(model)[:8]
+    path = os.path.join(data_dir, f'{name}-pairs{best}-{n}-{seed}-{weights}.jsonl')
     if not os.path.exists(path):
         train.say(f'sampling {n:,} pairs of reviews from {base} and labelling them')
     return write_once(path, lambda: draw_pairs(model, n, seed, world))

@@ -9,9 +9,8 @@ A base model learns passages of reviews. The gold reward of a text is the log-od
 positive, by a classifier of the labelled reviews. The base model's own continuations are the pairs;
 the better one always wins, as in the paper. DPO at several beta, and SFT on the chosen, are placed
 beside the optimum (lab/optimum.py). From such certain labels DPO does not learn exp(r/beta), but
-the optimum still bounds the reward at each KL.
-
-Results and picture are in out/imdb, as those of lab/frontier.py; a finished run is not repeated.
+the optimum still bounds the reward at each KL. Results and picture are in out/imdb, as those of
+lab/frontier.py; a finished run is not repeated.
 Left out: PPO and the other methods of the paper.
 """
 import dataclasses
@@ -26,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 import train
-from configurator import InputError, atomic_write, run
+from configurator import InputError, atomic_write, first_line, run
 from lab import films, frontier, optimum, plot
 from prepare import parse, read_source
 from tokenizer import END, get_tokenizer
@@ -43,10 +42,6 @@ class Options(frontier.Common):
     base: str = ''       # a model to start from, such as gpt2; empty: a small one, from scratch
 
 
-# --------------------------------------------------------------------------------------------------
-# Reviews
-
-
 def read_imdb(source, kind):
     """The reviews of kind 'train', 'test' or 'unsup' -> (texts, labels: 1 positive, 0 negative, -1
     unknown). `source` is a folder or a data set of the hub."""
@@ -55,17 +50,14 @@ def read_imdb(source, kind):
     if os.path.isdir(source) and not files:
         raise InputError(f'{source}: no {pattern} in it')
     split = '' if files else kind.replace('unsup', 'unsupervised')
-    names = {'pos': 1, 'neg': 0, 1: 1, 0: 0}
-    texts, labels = [], []
-    for file in files or [source]:
-        for where, raw in read_source(file, split):
-            record = parse(raw)
-            if not isinstance(record, dict) or not isinstance(record.get('text'), str):
-                raise InputError(f"{where}: no 'text'")
-            if kind != 'unsup' and record.get('label') not in names:
-                raise InputError(f"{where}: 'label' is not pos, neg, 1 or 0")
+    names, texts, labels = {'pos': 1, 'neg': 0, 1: 1, 0: 0}, [], []
+    for where, raw in (line for file in files or [source] for line in read_source(file, split)):
+        record = parse(raw)
+        try:
             texts.append(re.sub(r'(<br\s*/?>|\s)+', ' ', record['text']).strip())
-            labels.append(names.get(record.get('label'), -1))
+            labels.append(-1 if kind == 'unsup' else names[record['label']])
+        except (KeyError, TypeError) as e:
+            raise InputError(f'{where}: not a review with a text and a label ({first_line(e)})')
     return texts, np.array(labels)
 
 
@@ -86,8 +78,8 @@ def cut_texts(texts, tokenizer, seed):
     for text in texts:
         ids, cut = tokenizer.encode(text).tolist(), int(rng.integers(2, 9))
         prompt, rest = tokenizer.decode(ids[:cut]), tokenizer.decode(ids[cut:])
-        whole = prompt + rest == text    # the cut is not within a character
-        if whole and len(ids) > cut + 2 and rest.strip():
+        # not where the cut is within a character
+        if prompt + rest == text and len(ids) > cut + 2 and rest.strip():
             yield prompt, rest
 
 
@@ -95,10 +87,7 @@ def prompts_of(texts, tokenizer, seed):
     """The beginnings of reviews, as a World draws prompts."""
     openings = [passages(text)[0] for text in texts]
     prompts = [prompt for prompt, _ in cut_texts(openings, tokenizer, seed)]
-
-    def draw_prompts(n, seed):
-        return [prompts[i] for i in np.random.default_rng(seed).integers(len(prompts), size=n)]
-    return draw_prompts
+    return lambda n, seed: np.random.default_rng(seed).choice(prompts, n).tolist()
 
 
 def train_tokenizer(texts, folder, size=4096):
@@ -114,10 +103,6 @@ def train_tokenizer(texts, folder, size=4096):
         with atomic_write(path) as f:
             f.write(bpe.to_str())
     return folder
-
-
-# --------------------------------------------------------------------------------------------------
-# The gold reward
 
 
 def features(text):
@@ -155,13 +140,8 @@ def fit_classifier(texts, labels, epochs=4):
     return log_odds
 
 
-# --------------------------------------------------------------------------------------------------
-# The experiment
-
-
 def train_base(texts, settings, out, o):
     """A language model of reviews -> its folder. It continues where it was interrupted."""
-    tokenizer = get_tokenizer(settings['tokenizer'])
     cfg = frontier.config_of(settings | dict(
         loss='sft', out_dir=os.path.join(out, 'base'), batch_size=64, warmup_iters=100,
         val_fraction=0.01, eval_interval=1000, eval_pairs=500, max_iters=o.max_iters))
@@ -170,9 +150,10 @@ def train_base(texts, settings, out, o):
     else:
         cfg.init_from = dict(n_layer=4, n_head=4, n_embd=128, block_size=cfg.max_length)
         cfg.learning_rate, cfg.grad_clip, cfg.epochs = 4e-3, 0.0, 0.5
+    cuts = cut_texts((passage for text in texts for passage in passages(text)),
+                     get_tokenizer(settings['tokenizer']), seed=1)
     cfg.dataset = films.write_once(os.path.join(out, 'passages.jsonl'), lambda: (
-        dict(prompt=prompt, chosen=rest) for prompt, rest in cut_texts(
-            (passage for text in texts for passage in passages(text)), tokenizer, seed=1)))
+        dict(prompt=prompt, chosen=rest) for prompt, rest in cuts))
     cfg.resume = os.path.exists(os.path.join(cfg.out_dir, 'ckpt.pt'))
     train.train(cfg)
     return cfg.out_dir
@@ -186,31 +167,26 @@ def experiment(source, o):
     texts_of_base = texts + read_imdb(source, 'unsup')[0]
     log_odds = fit_classifier(texts, labels)
     right = np.mean((log_odds(test_texts) > 0) == test_labels)
-    print('gold reward: the log-odds of a classifier, '
-          f'right for {right:.1%} of {len(test_texts):,} reviews')
-
-    name = tokenizer_of(o.base) if o.base else train_tokenizer(
-        texts_of_base, os.path.join(out, 'tokenizer'))
+    print(f'gold reward: a classifier, right for {right:.1%} of {len(test_texts):,} reviews')
+    name = tokenizer_of(o.base) if o.base else train_tokenizer(texts_of_base, f'{out}/tokenizer')
     settings = dict(tokenizer=name, max_length=96, max_prompt_length=32, beta2=0.99,
-                    data_dir=os.path.join(out, 'data'))
+                    data_dir=f'{out}/data')
     base, tokenizer = train_base(texts_of_base, settings, out, o), get_tokenizer(name)
     reference = load(base).to('cuda' if torch.cuda.is_available() else 'cpu')
-
-    def reward(prompts, responses):
-        return log_odds([p + r for p, r in zip(prompts, responses)])
-    world = films.World(name, prompts_of(test_texts, tokenizer, 2), reward, 80, labels='best')
+    world = films.World(
+        name, prompts_of(test_texts, tokenizer, 2), max_new_tokens=80, labels='best',
+        reward=lambda prompts, responses: log_odds([p + r for p, r in zip(prompts, responses)]))
     training = dataclasses.replace(world, draw_prompts=prompts_of(texts, tokenizer, 1))
     dataset = films.pairs(base, n, 1, settings['data_dir'], training, 'imdb')
     rewards = optimum.reference_rewards(reference, world)
-    jobs = frontier.make_jobs([(frontier.title(*s), *s, n) for s in SETTINGS], 1, o, reference)
-    jobs = frontier.unfinished(jobs, out)
+    jobs = frontier.unfinished(frontier.make_jobs(
+        [(frontier.title(*s), *s, n) for s in SETTINGS], 1, o, reference), out)
     frontier.keep_optima(rewards, out)
     settings |= dict(init_from=base, batch_size=32, warmup_iters=10, learning_rate=2e-4)
     for job in jobs:
         line = frontier.run_job(job | dict(dataset=dataset), settings, rewards, out, world)
         frontier.keep_result(line, out)
-        policy = load(frontier.run_folder(out)).to(reference.device)
-        films.show_samples(policy, reference, world)
+        films.show_samples(load(frontier.run_folder(out)).to(reference.device), reference, world)
     plot.frontier(out, os.path.join(out, 'frontier.png'))
 
 

@@ -26,14 +26,14 @@ def tilted(rewards, beta):
     logits = rewards / beta
     top = logits.max(1, keepdims=True)
     log_z = np.log(np.exp(logits - top).mean(1)) + top[:, 0]
-    weights = np.exp(logits - log_z[:, None]) / rewards.shape[1]                # sum to 1 per prompt
+    weights = np.exp(logits - log_z[:, None]) / rewards.shape[1]           # sum to 1 per prompt
     reward = (weights * rewards).sum(1)
     return reward.mean(), (reward / beta - log_z).mean(), 1 / (weights**2).sum(1).mean()
 
 
 def frontier_at(rewards, kl):
-    """The optimum whose KL is `kl`, by bisection: (expected reward, beta, effective samples). NaN where
-    it is beyond these samples: no weighting of n samples has a KL above log n."""
+    """The optimum whose KL is `kl`, by bisection: (expected reward, beta, effective samples). NaN
+    where it is beyond these samples: no weighting of n samples has a KL above log n."""
     low, high = math.log(0.01), math.log(1000.0)
     if tilted(rewards, math.exp(low))[1] < kl:
         return math.nan, math.nan, math.nan
@@ -64,7 +64,7 @@ def standard_error(x):
 
 
 def share_of(rewards, reward, kl):
-    """The share of the optimum's gain over the reference at the policy's own KL: (share, optimum)."""
+    """The share of the optimum's gain over the reference at the policy's KL, and the optimum."""
     best = frontier_at(rewards, max(kl, 0.0))[0]
     gain = best - rewards.mean()
     return (reward - rewards.mean()) / gain if gain > 0 else math.nan, best
@@ -72,11 +72,11 @@ def share_of(rewards, reward, kl):
 
 @torch.no_grad()
 def place(policy, reference, rewards, world, samples=128, seed=7):
-    """Where a policy lies beside the frontier of `rewards` (of reference_rewards) -> figures by name.
+    """Where a policy lies beside the frontier of `rewards`, of reference_rewards -> figures.
 
-    KL(pi||pi_ref), of whole responses, is the mean of log pi/pi_ref over the policy's own. Errors are
-    standard errors over samples, for these prompts; those of the optimum and the share are from a
-    bootstrap over the samples of both models.
+    KL(pi||pi_ref), of whole responses, is the mean of log pi/pi_ref over the policy's own. Errors
+    are standard errors over samples, for these prompts; those of the optimum and the share are from
+    a bootstrap over the samples of both models.
     """
     prompts = world.draw_prompts(len(rewards), seed)
     repeated = [p for p in prompts for _ in range(samples)]
@@ -92,7 +92,8 @@ def place(policy, reference, rewards, world, samples=128, seed=7):
     kl, rng, again = float(ratio.mean()), np.random.default_rng(seed), []
     for _ in range(25):
         i, j = (rng.integers(x.shape[1], size=x.shape) for x in (rewards, ours))
-        theirs, mine, of_mine = (np.take_along_axis(*x, 1) for x in ((rewards, i), (ours, j), (ratio, j)))
+        theirs, mine, of_mine = (np.take_along_axis(x, at, axis=1)
+                                 for x, at in ((rewards, i), (ours, j), (ratio, j)))
         again.append(share_of(theirs, mine.mean(), of_mine.mean()))
     share, best = share_of(rewards, ours.mean(), kl)
     share_error, optimum_error = np.std(again, axis=0, ddof=1)
