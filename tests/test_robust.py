@@ -174,8 +174,6 @@ def test_a_reference_pass_that_was_interrupted_goes_on_where_it_was(place, monke
     cfg = config(data_dir='passes', tokens_per_batch=128)
     with pytest.raises(KeyboardInterrupt):
         train.train(cfg)
-    path, = Path('passes').glob('reference-*')
-    assert path.stat().st_blocks * 512 >= path.stat().st_size    # no hole that a full disk may hit
     before, seen = sum(seen, []), [[]] * 4
     model, _, pairs = train.load_run(cfg)
     train.make_reference(model, pairs, np.arange(len(pairs.table)), cfg)
