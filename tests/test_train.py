@@ -2,7 +2,7 @@
 train.py: the loop, the reference, objectives, evaluation, what is refused.
 
     python -m pytest tests/test_train.py
-    NANOPREF_LONG=1 python -m pytest tests/test_train.py   # with the real compiler: a minute more
+    NANOPREF_LONG=1 python -m pytest tests/test_train.py   # with the real compiler: minutes more
 
 A GPT of two layers with random weights and 60 made-up pairs stand in for the real thing; tokens are
 bytes. Left out: interruptions and damage (test_robust.py), several processes (test_processes.py).
