@@ -589,11 +589,17 @@ def make_optimizer(model, cfg):
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
 
 
+@contextlib.contextmanager
 def catch_signals():
-    """Collect SIGINT and SIGTERM in a list -> the list, and the handlers of before."""
-    stop = []
-    return stop, {s: signal.signal(s, lambda number, frame: stop.append(number))
-                  for s in (signal.SIGINT, signal.SIGTERM)}
+    """Collect SIGINT and SIGTERM in a list, for a loop that ends its step, saves and leaves."""
+    stop, handlers = [], {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers[number] = signal.signal(number, lambda number, frame: stop.append(number))
+        yield stop
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def check_finite(step, loss, grad_norm, losses_of, pairs):
@@ -623,7 +629,8 @@ def train(cfg):
     """Run the settings to the end -> the metrics of the last evaluation. Raises InputError."""
     started = time.perf_counter()
     setup_machine(cfg)
-    ckpt, eval_file = (os.path.join(cfg.out_dir, name) for name in ('ckpt.pt', 'eval.jsonl'))
+    ckpt, best, eval_file = (os.path.join(cfg.out_dir, name)
+                             for name in ('ckpt.pt', 'best.pt', 'eval.jsonl'))
     check_out_dir(cfg, ckpt)
     model, tokenizer, pairs = load_run(cfg)
     order = training_order(pairs.train, cfg) if not cfg.eval_only else pairs.val
@@ -652,7 +659,6 @@ def train(cfg):
         copy_tokenizer(cfg.tokenizer, cfg.out_dir)
         write_log(**header(cfg, fingerprint, pairs))
     K = pairs.K if compares(cfg) else 1
-    stop, handlers = catch_signals()                       # finish the step, save, leave
 
     def load_step(step):
         rows = order[step * cfg.batch_size:(step + 1) * cfg.batch_size]
@@ -661,83 +667,81 @@ def train(cfg):
     waiting = load_step(state['step'])
     since, pairs_since, tokens_since = time.perf_counter(), 0, 0
     bar = tqdm(total=cfg.max_iters, initial=state['step'], unit=' steps', disable=RANK > 0 or None)
-    while True:
-        step, paused = state['step'], time.perf_counter()
-        lr = learning_rate(step, cfg)
+    with catch_signals() as stop, bar:                     # finish the step, save, leave
+        while True:
+            step, paused = state['step'], time.perf_counter()
+            lr = learning_rate(step, cfg)
 
-        # evaluate and save
-        halt = torch.tensor(len(stop), device=cfg.device)
-        if WORLD > 1:
-            dist.all_reduce(halt)                          # all processes stop at the same step
-        done, halt = step == cfg.max_iters, bool(halt)
-        due = done or step % cfg.eval_interval == 0
-        if due and len(pairs.val) and step != state['evaluated']:
-            path = eval_file if done else None
-            metrics = evaluate(policy, reference, pairs, pairs.val, cfg, path)
-            if cfg.eval_samples:
-                metrics |= sample_validation(model, frozen, pairs, tokenizer, cfg)
-            write_log(step=step, **metrics)
-            say(f'step {step}: ' + ', '.join(
-                f'{name.removeprefix("eval/")} {value:.4f}' for name, value in metrics.items()))
-            state |= dict(metrics=metrics, first=state['first'] or metrics, evaluated=step)
-            if metrics['eval/loss'] < state['best']:
-                state['best'] = metrics['eval/loss']
-                if RANK == 0:
-                    save_checkpoint(os.path.join(cfg.out_dir, 'best.pt'), model, cfg, step=step,
-                                    **{k: state[k] for k in ('metrics', 'prepared', 'reference')})
-        if (due or halt) and RANK == 0:
-            os.fsync(log.fileno())
-            state['log_bytes'] = log.tell()
-            save_checkpoint(ckpt, model, cfg, **state, optimizer=optimizer.state_dict())
-        if done or halt:
-            break
-        since += time.perf_counter() - paused              # rates leave evaluation out
+            # evaluate and save
+            halt = torch.tensor(len(stop), device=cfg.device)
+            if WORLD > 1:
+                dist.all_reduce(halt)                      # all processes stop at the same step
+            done, halt = step == cfg.max_iters, bool(halt)
+            due = done or step % cfg.eval_interval == 0
+            if due and len(pairs.val) and step != state['evaluated']:
+                path = eval_file if done else None
+                metrics = evaluate(policy, reference, pairs, pairs.val, cfg, path)
+                if cfg.eval_samples:
+                    metrics |= sample_validation(model, frozen, pairs, tokenizer, cfg)
+                write_log(step=step, **metrics)
+                say(f'step {step}: ' + ', '.join(
+                    f'{name.removeprefix("eval/")} {value:.4f}' for name, value in metrics.items()))
+                state |= dict(metrics=metrics, first=state['first'] or metrics, evaluated=step)
+                if metrics['eval/loss'] < state['best']:
+                    state['best'] = metrics['eval/loss']
+                    if RANK == 0:
+                        save_checkpoint(best, model, cfg, **state)
+            if (due or halt) and RANK == 0:
+                os.fsync(log.fileno())
+                state['log_bytes'] = log.tell()
+                save_checkpoint(ckpt, model, cfg, **state, optimizer=optimizer.state_dict())
+            if done or halt:
+                break
+            since += time.perf_counter() - paused          # rates leave evaluation out
 
-        # forward and backward, a micro-batch at a time: the gradient of the mean over the pairs
-        sums, losses_of = torch.zeros(len(METRICS), dtype=torch.float64, device=cfg.device), []
-        for rows, batch in waiting:
-            with autocast(cfg):
-                logps = batch.sum_by_response(model.token_logps(batch))             # (B, K)
-            reference_logps = None
-            if reference is not None:
-                reference_logps = batch.sum_by_response(reference(rows, batch))     # (B, K)
-                if step == 0 and not losses_of and not cfg.reference_from:
-                    check_same(logps, reference_logps, cfg)
-            losses, *rewards = apply_loss(cfg, logps, reference_logps, batch.lengths,
-                                          numbers_of(pairs, rows, cfg.device))      # (B,) each
-            (losses.sum() / cfg.batch_size).backward()
-            sums += metric_sums(losses, *rewards, logps)
-            losses_of.append((rows, losses.detach()))
-            tokens_since += batch.starts[-1] * WORLD
-        if WORLD > 1:
-            for t in (sums, *(p.grad for p in model.parameters() if p.grad is not None)):
-                dist.all_reduce(t)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-        waiting = load_step(step + 1)                      # packed on the CPU while a GPU works
-        loss, grad_norm = sums[0].item() / cfg.batch_size, grad_norm.item()
-        check_finite(step, loss, grad_norm, losses_of, pairs)
+            # forward and backward, a micro-batch at a time: the gradient of the mean over the pairs
+            sums, losses_of = torch.zeros(len(METRICS), dtype=torch.float64, device=cfg.device), []
+            for rows, batch in waiting:
+                with autocast(cfg):
+                    logps = batch.sum_by_response(model.token_logps(batch))             # (B, K)
+                reference_logps = None
+                if reference is not None:
+                    reference_logps = batch.sum_by_response(reference(rows, batch))     # (B, K)
+                    if step == 0 and not losses_of and not cfg.reference_from:
+                        check_same(logps, reference_logps, cfg)
+                losses, *rewards = apply_loss(cfg, logps, reference_logps, batch.lengths,
+                                              numbers_of(pairs, rows, cfg.device))      # (B,) each
+                (losses.sum() / cfg.batch_size).backward()
+                sums += metric_sums(losses, *rewards, logps)
+                losses_of.append((rows, losses.detach()))
+                tokens_since += batch.starts[-1] * WORLD
+            if WORLD > 1:
+                for t in (sums, *(p.grad for p in model.parameters() if p.grad is not None)):
+                    dist.all_reduce(t)
+            limit = cfg.grad_clip or math.inf
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+            waiting = load_step(step + 1)                  # packed on the CPU while a GPU works
+            loss, grad_norm = sums[0].item() / cfg.batch_size, grad_norm.item()
+            check_finite(step, loss, grad_norm, losses_of, pairs)
 
-        # step and log
-        for group in optimizer.param_groups:
-            group['lr'] = lr
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        state['step'] += 1
-        pairs_since += cfg.batch_size
-        bar.update()
-        if step == 0:
-            say(f'first step after {time.perf_counter() - started:.1f} s')
-        if step % cfg.log_interval == 0:
-            seconds = time.perf_counter() - since
-            write_log(step=step, **metric_means(sums, cfg.batch_size, K),
-                      grad_norm=grad_norm, lr=lr, pairs_per_s=pairs_since / seconds,
-                      tokens_per_s=tokens_since / seconds)
-            bar.set_postfix(loss=f'{loss:.3f}')
-            since, pairs_since, tokens_since = time.perf_counter(), 0, 0
+            # step and log
+            for group in optimizer.param_groups:
+                group['lr'] = lr
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            state['step'] += 1
+            pairs_since += cfg.batch_size
+            bar.update()
+            if step == 0:
+                say(f'first step after {time.perf_counter() - started:.1f} s')
+            if step % cfg.log_interval == 0:
+                seconds = time.perf_counter() - since
+                write_log(step=step, **metric_means(sums, cfg.batch_size, K),
+                          grad_norm=grad_norm, lr=lr, pairs_per_s=pairs_since / seconds,
+                          tokens_per_s=tokens_since / seconds)
+                bar.set_postfix(loss=f'{loss:.3f}')
+                since, pairs_since, tokens_since = time.perf_counter(), 0, 0
 
-    bar.close()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     if not done:
         say(f'{cfg.out_dir}: stopped after {step} steps; --resume continues from there')
         sys.exit(128 + (stop[0] if stop else signal.SIGTERM))    # another process may have got it

@@ -27,7 +27,7 @@ import torch
 
 import train
 from configurator import InputError, configure, run
-from lab import films, labels, optimum, plot
+from lab import films, labels, optimum, plot, ppo
 from lab.credit import PositionWeightedGPT
 from lab.reward import RewardModel, reward_distillation_loss, reward_loss
 from weights import load
@@ -61,7 +61,8 @@ METHODS = dict(
     soft_labels=('p', 'dpo', {}),
     reward_distillation=('margin', 'dpo', dict(loss=reward_distillation_loss)))
 JUDGE_STEPS = 360    # two epochs of 6,000 pairs, also where they are fewer
-MORE = [('rejection_sampling', dict(judge='gold')), ('position_weights', dict(beta=1.0))]
+MORE = [('rejection_sampling', dict(judge='gold')), ('position_weights', dict(beta=1.0)),
+        ('ppo', dict(beta=1.0, judge='gold')), ('ppo', dict(beta=1.0, judge='model'))]
 REWARDS = [('dpo', dict(beta=1.0)), *(
     (method, dict(beta=1.0, judge=judge)) for judge in ('gold', 'model')
     for method in ('soft_labels', 'reward_distillation'))]
@@ -136,11 +137,11 @@ def run_folder(out):
     return os.path.join(out, f'run-{os.getpid()}')
 
 
-def train_logged(cfg, out):
-    """train.train; what it prints goes to this process's log."""
+def train_logged(work, cfg, out):
+    """work(cfg); what it prints goes to this process's log."""
     with open(os.path.join(out, f'log-{os.getpid()}.txt'), 'a') as log, \
             contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        train.train(cfg)
+        work(cfg)
 
 
 def judge_folder(dataset, out):
@@ -155,7 +156,7 @@ def train_judge(job, settings, out):
     cfg = config_of(settings | own | dict(overwrite=True))
     cfg.model_class, cfg.loss, cfg.options = RewardModel, reward_loss, {}
     if not os.path.exists(os.path.join(cfg.out_dir, 'eval.jsonl')):      # written at the end
-        train_logged(cfg, out)
+        train_logged(train.train, cfg, out)
 
 
 def run_job(job, settings, rewards, out, world=films.FILMS):
@@ -165,6 +166,10 @@ def run_job(job, settings, rewards, out, world=films.FILMS):
     data, own['loss'], replaced = METHODS.get(job['loss'], ('', job['loss'], {}))
     judge = options.pop('judge', '')
     judge = judge_folder(job['dataset'], out) if judge == 'model' else judge
+    if job['loss'] == 'ppo':
+        cfg = ppo_config(options | dict(judge=judge, seed=job['seed'], out_dir=folder), job)
+        train_logged(ppo.train_ppo, cfg, out)
+        return job | placed(cfg, rewards, world, job) | dict(seconds=time.perf_counter() - started)
     if data == 'accepted':
         own['dataset'] = labels.accepted(job['dataset'], judge, settings['init_from'])
     elif data:
@@ -174,10 +179,22 @@ def run_job(job, settings, rewards, out, world=films.FILMS):
     for name, value in replaced.items():
         setattr(cfg, name, value)
     cfg.options = {name: cfg.options[name] for name in train.loss_options(cfg)}
-    train_logged(cfg, out)
-    policy, reference = (load(name).to(cfg.device) for name in (folder, cfg.init_from))
-    figures = optimum.place(policy, reference, rewards, world, job['samples'])
-    return job | figures | dict(seconds=time.perf_counter() - started)
+    train_logged(train.train, cfg, out)
+    return job | placed(cfg, rewards, world, job) | dict(seconds=time.perf_counter() - started)
+
+
+def ppo_config(options, job):
+    """config/ppo_demo.py with these options."""
+    options |= dict(max_iters=job['max_iters']) if job['max_iters'] else {}
+    cfg = ppo.load_config([os.path.join(films.ROOT, 'config', 'ppo_demo.py'),
+                           *(f'--{name}={value}' for name, value in options.items())])
+    cfg.at_end = None
+    return cfg
+
+
+def placed(cfg, rewards, world, job):
+    policy, reference = (load(name).to(cfg.device) for name in (cfg.out_dir, cfg.init_from))
+    return optimum.place(policy, reference, rewards, world, job['samples'])
 
 
 def keep_result(line, out):

@@ -76,7 +76,8 @@ def save(fig, path):
 def curves(folders, path):
     """Training (thin) and validation (dots) of each run's log.jsonl, a panel a metric."""
     runs = {folder: read_jsonl(os.path.join(folder, 'log.jsonl'))[1:] for folder in folders}
-    logged = {key.removeprefix('eval/') for lines in runs.values() for line in lines for key in line}
+    logged = {key.removeprefix('eval/')
+              for lines in runs.values() for line in lines for key in line}
     metrics = [name for name in CURVES if name in logged]
     if not metrics:
         raise InputError(f'{", ".join(folders)}: nothing logged yet')

@@ -20,7 +20,6 @@ Left out: another reference than the policy at the start, a value model of its o
 import json
 import math
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -224,27 +223,24 @@ def train_ppo(cfg):
     log = train.open_log(cfg, log_bytes)
     if not cfg.resume:
         log.write(json.dumps(dict(config=train.plain_settings(cfg))).encode() + b'\n')
-    stop, handlers = train.catch_signals()                 # finish the rollout, save, leave
-    bar = tqdm(total=cfg.max_iters, initial=step, unit=' rollouts', disable=None)
-    while step < cfg.max_iters and not stop:
-        started, lr = time.perf_counter(), train.learning_rate(step, cfg)
-        for group in optimizer.param_groups:
-            group['lr'] = lr
-        minibatches, metrics = roll_out(model, reference, judges, tokenizer, step, cfg)
-        metrics |= learn(model, optimizer, minibatches, step, cfg)
-        line = dict(step=step) | metrics | dict(lr=lr, seconds=time.perf_counter() - started)
-        log.write(json.dumps(line).encode() + b'\n')
-        bar.update()
-        bar.set_postfix(reward=f'{metrics["reward"]:.3f}', kl=f'{metrics["kl"]:.3f}')
-        step += 1
-        if stop or step % cfg.eval_interval == 0 or step == cfg.max_iters:
-            os.fsync(log.fileno())
-            train.save_checkpoint(ckpt, model.policy, cfg, step=step, log_bytes=log.tell(),
-                                  reference=start, value=model.value.state_dict(),
-                                  optimizer=optimizer.state_dict())
-    bar.close()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    with train.catch_signals() as stop, tqdm(
+            total=cfg.max_iters, initial=step, unit=' rollouts', disable=None) as bar:
+        while step < cfg.max_iters and not stop:
+            started, lr = time.perf_counter(), train.learning_rate(step, cfg)
+            for group in optimizer.param_groups:
+                group['lr'] = lr
+            minibatches, metrics = roll_out(model, reference, judges, tokenizer, step, cfg)
+            metrics |= learn(model, optimizer, minibatches, step, cfg)
+            line = dict(step=step) | metrics | dict(lr=lr, seconds=time.perf_counter() - started)
+            log.write(json.dumps(line).encode() + b'\n')
+            bar.update()
+            bar.set_postfix(reward=f'{metrics["reward"]:.3f}', kl=f'{metrics["kl"]:.3f}')
+            step += 1
+            if stop or step % cfg.eval_interval == 0 or step == cfg.max_iters:
+                os.fsync(log.fileno())
+                train.save_checkpoint(ckpt, model.policy, cfg, step=step, log_bytes=log.tell(),
+                                      reference=start, value=model.value.state_dict(),
+                                      optimizer=optimizer.state_dict())
     if step < cfg.max_iters:
         train.say(f'{cfg.out_dir}: stopped after {step} rollouts; --resume continues from there')
         sys.exit(128 + stop[0])

@@ -6,8 +6,8 @@ A Bradley-Terry reward model: the GPT with a scalar head, trained by train.py li
 
 token_logps is 0 at each token of a response but the last, where the reward stands. Their sum over a
 response, which the training loop passes to the objective as its log-prob, is then the reward.
-So `logps` in a reward model's logs are rewards, too. And where rewards are known, they can be fitted
-directly: reward_distillation_loss, with the margins of lab/labels.py.
+So `logps` in a reward model's logs are rewards, too. Known rewards can be fitted directly:
+reward_distillation_loss, with the margins of lab/labels.py.
 Left out: centred rewards (the loss sees only differences), reward models of other architectures.
 """
 import torch.nn as nn

@@ -8,13 +8,11 @@ One at a time. The other process runs this file, which imports nothing of ours, 
 reads the source as it is then. Left out: systems without fork.
 """
 import contextlib
-import ctypes
 import json
 import os
 import resource
 import runpy
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -34,16 +32,15 @@ class Forks:
         self.process.stdin.close()
         self.process.wait()
 
-    def start(self, folder, script, *options, root=ROOT, file_limit=0, unprivileged=False):
+    def start(self, folder, script, *options, root=ROOT, file_limit=0):
         """A command of `root`, the repository or a copy, in a session of its own -> self.
-        `file_limit`: no file can grow beyond so many bytes, as on a full disk. `unprivileged`:
-        permissions apply to root, too."""
+        `file_limit`: no file can grow beyond so many bytes, as on a full disk."""
         folder = os.path.abspath(folder)
         self.output = f'{folder}.txt'
         open(self.output, 'w').close()                     # of the command before
         self.process.stdin.write(json.dumps(dict(
             folder=folder, argv=[script, *map(str, options)], output=self.output, root=str(root),
-            file_limit=file_limit, unprivileged=unprivileged)) + '\n')
+            file_limit=file_limit)) + '\n')
         self.pid = int(self.process.stdout.readline())
         return self
 
@@ -51,6 +48,12 @@ class Forks:
         """SIGINT to all processes of the command, as Ctrl-C does; others to the first alone."""
         with contextlib.suppress(ProcessLookupError):      # ended just before
             (os.killpg if number == signal.SIGINT else os.kill)(self.pid, number)
+
+    def ended(self):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, 0)
+            return False
+        return True
 
     def wait(self):
         """-> the exit code; below 0, the signal that ended it."""
@@ -84,9 +87,6 @@ def become(job):
     sys.stdout.reconfigure(line_buffering=True)
     if job['file_limit']:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job['file_limit'],) * 2)
-    if job['unprivileged'] and os.geteuid() == 0:
-        header = struct.pack('Ii', 0x20080522, 0)       # Linux's capset, version 3: this process
-        assert ctypes.CDLL(None).capset(header, bytes(24)) == 0
     sys.path[0] = job['root']           # in place of tests/, as `python SCRIPT` sets it
     sys.argv, code = job['argv'], 0
     try:

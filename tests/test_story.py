@@ -106,10 +106,12 @@ def test_every_method_runs_from_pairs_to_the_frontier(tmp_path, write, monkeypat
     torch.manual_seed(0)
     save(GPT(GPTConfig(block_size=128, vocab_size=257, n_layer=1, n_head=1, n_embd=16)), 'base')
     monkeypatch.setattr(labels, 'accepted', lambda path, judge, base: path)
+    monkeypatch.setattr(films, 'base_model', lambda: 'base')
     pairs = write('pairs.jsonl', [
         dict(prompt=f'{i}:', chosen=' great plot.', rejected=' dull plot.') for i in range(30)])
     settings, rewards = frontier.DEMO | dict(init_from='base'), np.arange(128.0).reshape(2, 64)
     for loss, options in frontier.MORE + frontier.REWARDS[1:]:
+        options = options | (dict(responses=8) if loss == 'ppo' else {})
         job = dict(loss=loss, options=options, seed=0, max_iters=1, samples=2, dataset=pairs)
         frontier.train_judge(job, settings, '.')                 # once
         line = frontier.run_job(job, settings, rewards, '.')

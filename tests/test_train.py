@@ -7,6 +7,7 @@ train.py: the loop, the reference, objectives, evaluation, what is refused.
 A GPT of two layers with random weights and 60 made-up pairs stand in for the real thing; tokens are
 bytes. Left out: interruptions and damage (test_robust.py), several processes (test_processes.py).
 """
+import contextlib
 import json
 import os
 import random
@@ -61,7 +62,7 @@ def config(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_model('base')
     write_records('pairs.jsonl', 60)
-    monkeypatch.setattr(train, 'catch_signals', lambda: ([], {}))    # Ctrl-C stops pytest
+    monkeypatch.setattr(train, 'catch_signals', lambda: contextlib.nullcontext([]))    # Ctrl-C stops pytest
     threads = torch.get_num_threads()
     torch.set_num_threads(1)                               # faster where a model is tiny
     yield lambda *files, **changed: train.load_config([*files, *options(**changed)])
@@ -269,11 +270,11 @@ def test_an_edited_model_never_meets_the_old_reference(config, tmp_path):
     for path in Path(ROOT).glob('*.py'):
         shutil.copy(path, copy)
     own.write_text(OWN + 'model_class = Warm')
-    with Forks(copy) as forks:
+    with Forks() as forks:
         for path, text in ((own, '# no edit'), (own, 'super().token_logps(batch)'),
                            (copy / 'model.py', 'ChunkedLogps.apply(x,')):
             path.write_text(path.read_text().replace(text, f'0.9 * {text}'))
-            assert forks.run('.', 'train.py', 'own.py', *options(overwrite=True))[0] == 0
+            assert forks.run('.', 'train.py', 'own.py', *options(overwrite=True), root=copy)[0] == 0
             assert read_log()[0]['loss'] == pytest.approx(np.log(2), abs=1e-6)
             logps.append(read_log()[0]['logps/chosen'])
     assert logps == pytest.approx([logps[0], 0.9 * logps[0], 0.81 * logps[0]])    # both show
