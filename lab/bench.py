@@ -11,6 +11,7 @@ Speed and memory beside TRL, transformers and tiktoken, on whatever device there
     prepare        tokens/s of prepare.py's path beside tiktoken's batch encoding of the same texts
     generate       tokens/s of sample.py's generate beside transformers': greedy, the same weights
     start          seconds from the command to the end of train.py's first step
+    fit            what a step needs, and the largest tokens_per_batch on cards of 24 and 80 GB
 
 Contestants live in processes of their own and take turns: one works while the other waits. A ratio
 is the median over the rounds, with the least and the greatest. A round of `step` goes from token
@@ -30,24 +31,36 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from importlib import metadata
+from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 import train
 from configurator import InputError, configure, first_line, run
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, pack
 from prepare import Pairs, prepare
 from sample import generate
 from tokenizer import get_tokenizer
 from weights import load, save
 
-MODELS = dict(
-    gpt2=GPTConfig(), tiny=GPTConfig(n_layer=2, n_head=2, n_embd=64),
-    llama=GPTConfig(block_size=8192, vocab_size=49152, n_layer=30, n_head=9, n_kv_head=3,
-                    n_embd=576, n_inner=1536, norm='rms', gated=True, bias='none',
-                    rope_theta=100000.0, model_type='llama'))
+
+
+def llama(block_size, vocab_size, *sizes, model_type='llama', bias='none', **more):
+    names = 'n_layer n_head n_embd n_kv_head head_dim n_inner'.split()
+    return GPTConfig(block_size, vocab_size, **dict(zip(names, sizes)), norm='rms', gated=True,
+                     rope_theta=1e5, model_type=model_type, bias=bias, **more)
+
+
+MODELS = dict(                  # shapes of SmolLM2-135M and -360M, Qwen2.5-0.5B, ...
+    tiny=GPTConfig(n_layer=2, n_head=2, n_embd=64), gpt2=GPTConfig(),
+    llama=llama(8192, 49152, 30, 9, 576, 3, 64, 1536),
+    smollm2_360m=llama(8192, 49152, 32, 15, 960, 5, 64, 2560),
+    qwen2_5_0_5b=llama(32768, 151936, 24, 14, 896, 2, 64, 4864, model_type='qwen2', bias='qkv'),
+    qwen3_0_6b=llama(40960, 151936, 28, 16, 1024, 8, 128, 3072, model_type='qwen3', qk_norm=True),
+    llama3_2_1b=llama(131072, 128256, 16, 32, 2048, 8, 64, 8192))
 FAILURES = RuntimeError, InputError, EOFError, OSError    # the last two: the process was killed
 WORDS = 'the of and to in is it you that he was for on are with as his they be at one'.split()
 WARMUP = dict(cpu=1, cuda=4)    # rounds before those that count
@@ -56,7 +69,7 @@ PROMPTS, NEW_TOKENS = 16, 128   # generate
 
 @dataclass
 class Options(train.Config):    # the dataset, lengths, device, dtype, compile, ... are train.py's
-    model: str = 'gpt2'         # gpt2 (124M), llama (135M) or tiny; random weights
+    model: str = 'gpt2'         # one of MODELS; random weights
     losses: str = 'dpo,simpo'
     orders: str = 'own,sorted'  # a fixed random order; steps of pairs of like length
     repeats: int = 3            # rounds that count
@@ -381,8 +394,45 @@ def start(o):
               f'data and reference prepared; {took[0]:.1f} before')
 
 
+def kept_bytes(config, T):
+    """What autograd keeps of a forward pass over T tokens, half of them of responses, in bf16; of
+    attention its inputs and output alone, as FlexAttention does."""
+    def attention(q, k, v, mask):
+        return F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True,
+                                              enable_gqa=True)[0]
+
+    def keep(t):
+        storage = t.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes(), t               # alive, so no address twice
+        return t
+    gpt, kept, half = GPT(config), {}, [0] * (T // 2)
+    with mock.patch('model.attention', attention), torch.autocast('cpu', torch.bfloat16), \
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        gpt.token_logps(pack([(half, [half[T // 4:], half[T // 4:]])]))
+    return sum(size for data_ptr, (size, _) in kept.items()
+               if data_ptr not in {p.data_ptr() for p in gpt.parameters()})
+
+
+def fit(o):
+    """A formula from models of one and two layers. Fixed: float32 weights, gradients and Adam's two
+    averages, bf16 weights, 2 GB for logits and the driver. A token: what a layer keeps, times the
+    layers, and the rest. A response token: a row of the head's softmax, too."""
+    for name, config in MODELS.items():
+        small = [[kept_bytes(replace(config, n_layer=n, vocab_size=1024), T) for T in (256, 512)]
+                 for n in (1, 2)]
+        one, two = ((more - less) / 256 for less, more in small)
+        token = one + (config.n_layer - 1) * (two - one) + (config.vocab_size - 1024)
+        with torch.device('meta'):
+            n = sum(p.numel() for p in GPT(config).parameters())
+        limits = [max(0, int((card * 1e9 - 18 * n - 2e9) / token)) // 1024 * 1024
+                  for card in (24, 80)]
+        yield ['fit', f'{name}, {n / 1e6:.0f}M parameters', 'MB a token', f'{token / 1e6:.2f}', '',
+               '', f'{(18 * n + 2e9) / 1e9:.1f} GB fixed; tokens_per_batch on 24 and 80 GB: '
+               f'{limits[0]:,} and {limits[1]:,}']
+
+
 SECTIONS = dict(step=step, memory=step, growth=growth, prepare=preparation, generate=generation,
-                start=start)
+                start=start, fit=fit)
 
 
 def main(argv):

@@ -46,13 +46,14 @@ SHORT = {
     'python -m lab.frontier frontier': SMALL + '--seeds=1 --only=orpo',
     'python -m lab.frontier betas': SMALL + '--seeds=1 --only=4',
     'python -m lab.frontier pairs': SMALL + '--seeds=1 --pairs=30 --only=30',
+    'python -m lab.frontier rewards': SMALL + '--seeds=1 --only=gold',
     'python -m lab.frontier sft': '--pairs=20 --max_iters=1',
     'python -m lab.imdb': SMALL + '--only=sft',
     'python -m lab.ppo': '--max_iters=1 --responses=8 --batch_size=4',
     'python -m lab.rounds': '--rounds=1 --round_pairs=8 --max_iters=1 --eval_interval=2',
     'python -m lab.bench': '--model=tiny --batch_size=2 --repeats=1 --peers=False --losses=dpo '
                            '--orders=own --max_prompt_length=32 --max_length=64'}
-PRINTED = {'config/dpo_demo': 'share of the optimum', 'lab.bench': '| memory | dpo',
+PRINTED = {'config/dpo_demo': 'share of the optimum', 'lab.bench step': '| memory | dpo',
            'lab.imdb': 'right for 100.0% of 40 reviews'}
 
 
