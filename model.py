@@ -280,8 +280,8 @@ class Block(nn.Module):
         self.heads = [c.n_head, c.n_kv_head, c.n_kv_head]       # of queries, keys, values
         self.ln_1 = make_norm(d, c)
         self.qkv = nn.Linear(d, sum(self.heads) * c.head_dim, bias=c.bias != 'none')
-        self.q_norm = make_norm(c.head_dim, c) if c.qk_norm else nn.Identity()
-        self.k_norm = make_norm(c.head_dim, c) if c.qk_norm else nn.Identity()
+        self.q_norm = make_norm(c.head_dim, c) if c.qk_norm else None
+        self.k_norm = make_norm(c.head_dim, c) if c.qk_norm else None
         self.attn_out = nn.Linear(c.n_head * c.head_dim, d, bias=c.bias == 'all')
         self.ln_2 = make_norm(d, c)
         self.gated = c.gated
@@ -291,7 +291,8 @@ class Block(nn.Module):
     def forward(self, x, mask, rotation=None, cache=None):      # (..., T, d) -> (..., T, d)
         heads = self.qkv(self.ln_1(x)).unflatten(-1, (sum(self.heads), -1))    # (..., T, H+2G, D)
         q, k, v = (t.transpose(-3, -2) for t in heads.split(self.heads, dim=-2))  # (..., H, T, D)
-        q, k = self.q_norm(q), self.k_norm(k)
+        if self.q_norm is not None:                             # in float32, under autocast, too
+            q, k = self.q_norm(q.float()).to(q.dtype), self.k_norm(k.float()).to(k.dtype)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:                                   # sampling: see sample.py
