@@ -33,7 +33,7 @@ class InputError(ValueError):
 
 def first_line(e):
     """Another library's exception, short enough to quote."""
-    return ' '.join(f'{type(e).__name__}: {e}'.split())[:160]
+    return ' '.join(f'{type(e).__name__}: {e}'.split())[:240]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -179,8 +179,8 @@ def read_record(record, template='', label_from_scores=False):
     lists of messages. Raises InputError, which names the key that is missing, empty or wrong."""
     if not isinstance(record, dict):
         raise InputError(f'a record is an object with keys, not a {type(record).__name__}')
-    r = {SYNONYMS.get(key, key): value for key, value in record.items()
-         if value is not None}                                     # Parquet fills gaps with None
+    r = {SYNONYMS[key]: value for key, value in record.items() if key in SYNONYMS} | record
+    r = {key: value for key, value in r.items() if value is not None}    # Parquet fills gaps
     if {'output_1', 'output_2', 'preference'} <= r.keys():         # AlpacaEval
         p = 2 - number_of(r['preference'], 'preference', 1, 2)
         best, worst = ('output_1', 'output_2') if p >= 0.5 else ('output_2', 'output_1')
@@ -397,8 +397,8 @@ def encode_record(raw, tokenizer, cfg):
 
 
 def encode_chunk(chunk, cfg):
-    """[(number, where, raw), ...] -> (tokens end to end, rows of the table without their start,
-    counts), run by a worker."""
+    """[(number, where, raw), ...] -> (tokens end to end, rows of the table behind where each is
+    from, counts), run by a worker."""
     tokenizer = get_tokenizer(cfg.tokenizer)
     tokens, rows, counts = [], [], Counter(read=len(chunk))
     for number, where, raw in chunk:
@@ -414,7 +414,8 @@ def encode_chunk(chunk, cfg):
             text = prompt if isinstance(prompt, str) else json.dumps(prompt)
             place = hashlib.blake2b(text.encode(), digest_size=8).digest()
             val = int.from_bytes(place, 'big') < cfg.val_fraction * 2**64
-            rows.append((number, val, len(ids), [len(r) for r in responses], *numbers.values()))
+            lengths = [len(r) for r in responses]
+            rows.append((where, number, val, len(ids), lengths, *numbers.values()))
             tokens += [ids, *responses]
     return np.concatenate(tokens or [[]]).astype(token_dtype(tokenizer.n_vocab)), rows, counts
 
@@ -464,14 +465,14 @@ def table_dtype(K):
 
 
 def source_texts(*objects):
-    """The source files of functions and classes, and all that these import from this folder or the
-    working one: part of a cache's key, so that no edit goes unnoticed."""
-    roots, texts = (os.path.dirname(os.path.abspath(__file__)), os.getcwd()), {}
-    paths = [f.__code__.co_filename for x in objects for c in getattr(x, '__mro__', [x])
-             for f in (c, *vars(c).values()) if inspect.isfunction(f)]
+    """The source files of functions and classes, and all that these import but for installed
+    packages: part of a cache's key, so that no edit goes unnoticed."""
+    installed = (sys.prefix, sys.base_prefix, os.path.dirname(os.path.dirname(np.__file__)))
+    texts, paths = {}, [f.__code__.co_filename for x in objects for c in getattr(x, '__mro__', [x])
+                        for f in (c, *vars(c).values()) if inspect.isfunction(f)]
     while paths:
         path = os.path.abspath(paths.pop())
-        if path in texts or not path.startswith(roots) or 'site-packages' in path:
+        if path in texts or path.startswith(installed) or not path.endswith('.py'):
             continue
         with open(path, encoding='utf-8') as f:
             texts[path] = f.read()
@@ -514,9 +515,9 @@ def prepare(cfg):
     folder = os.path.join(cfg.data_dir, f'{stem}-{key}')
     if os.path.exists(os.path.join(folder, 'meta.json')):
         return folder
+    print(f'preparing {cfg.dataset} -> {folder}', flush=True)
     part = f'{folder}.part-{os.getpid()}'
     try:
-        print(f'preparing {cfg.dataset} -> {folder}', flush=True)
         os.makedirs(part)
         write_files(records_of(cfg), part, settings)
         if not os.path.exists(folder):                     # another process may have been faster
@@ -541,14 +542,14 @@ def write_files(stream, folder, settings):
             bar.update(more_counts['read'])
     if not rows:
         raise InputError(f'{settings["dataset"]}: no pair is left of the records: {dict(counts)}')
-    sizes = np.array([row[2] + sum(row[3]) for row in rows])
-    starts, K = (np.cumsum(sizes) - sizes).tolist(), len(rows[0][3])
-    ragged = [row[0] + 1 for row in rows if len(row[3]) != K]
+    sizes = np.array([row[3] + sum(row[4]) for row in rows])
+    starts, K = (np.cumsum(sizes) - sizes).tolist(), len(rows[0][4])
+    ragged = [row[0] for row in rows if len(row[4]) != K]
     if ragged and settings['bad_records'] != 'skip':
-        raise InputError(f'{settings["dataset"]}: record {ragged[0]} does not have {K} responses '
-                         'like the first one (--bad_records=skip leaves such records out)')
+        raise InputError(f'{ragged[0]}: not {K} responses, as in the records before '
+                         '(--bad_records=skip leaves such records out)')
     counts.update({'dropped: bad records': len(ragged)} if ragged else {})
-    kept = [(start, *row) for start, row in zip(starts, rows) if len(row[3]) == K]
+    kept = [(start, *row[1:]) for start, row in zip(starts, rows) if len(row[4]) == K]
     table = np.array(kept, dtype=table_dtype(K))
     np.save(os.path.join(folder, 'pairs.npy'), table)
     digest = hashlib.sha256()

@@ -11,6 +11,7 @@ differ only where the distributions do. A file of prompts has one a line (.txt),
 "prompt", text or messages, in any format of prepare.py. --out writes a line of JSON per completion.
 Left out: serving, beam search, streaming.
 """
+import itertools
 import json
 import os
 import sys
@@ -181,18 +182,24 @@ def read_prompts(o, name, tokenizer):
         path = find(name)
         if os.path.isdir(path):
             raise InputError(f"prompts: 'val' needs the folder of a run, not {name}")
-        pairs = Pairs(load_checkpoint(path)['prepared'])
+        checkpoint = load_checkpoint(path)
+        if 'prepared' not in checkpoint:
+            raise InputError(f"prompts: 'val' needs prepared data, and {name} has none")
+        pairs = Pairs(checkpoint['prepared'])
         ids = [pairs[i][0].tolist() for i in pairs.val[:o.limit or None]]
         return [(tokenizer.decode(x), x) for x in ids]
-    prompts = [o.prompt.replace('\\n', '\n')] if o.prompt else []
-    for where, raw in read_source(o.prompts) if o.prompts else ():
+    source = read_source(o.prompts) if o.prompts else [
+        ('prompt', dict(prompt=o.prompt.replace('\\n', '\n')))]
+    prompts = []
+    for where, raw in itertools.islice(source, o.limit or None):
         try:
             record = parse(raw)
             prompt = record.get('prompt') if isinstance(record, dict) else None
-            prompts.append((chat_of if isinstance(prompt, list) else text_of)(prompt, 'prompt'))
-        except InputError as e:
+            prompt = (chat_of if isinstance(prompt, list) else text_of)(prompt, 'prompt')
+            prompts.append((prompt, encode_prompt(prompt, tokenizer, o.template)))
+        except (InputError, UnicodeEncodeError) as e:
             raise InputError(f'{where}: {e}')
-    return [(p, encode_prompt(p, tokenizer, o.template)) for p in prompts[:o.limit or None]]
+    return prompts
 
 
 def complete(model, prompts, o, tokenizer):
@@ -234,9 +241,9 @@ def main(argv):
         raise InputError('usage: python sample.py MODEL [--name=value ...]')
     o = configure(Options, argv[1:])
     names = [argv[0], o.compare] if o.compare else [argv[0]]
-    for name in ('n', 'max_new_tokens', 'batch_size'):
-        if getattr(o, name) < 1:
-            raise InputError(f'{name}: {getattr(o, name)} is less than 1')
+    for name, low in dict(n=1, max_new_tokens=1, batch_size=1, top_k=0, limit=0).items():
+        if getattr(o, name) < low:
+            raise InputError(f'{name}: {getattr(o, name)} is less than {low}')
     if o.temperature < 0 or not 0 < o.top_p <= 1:
         raise InputError('temperature is at least 0, and top_p above 0 and at most 1')
     if (o.prompt != '') + (o.prompts != '') + o.chat != 1:

@@ -57,6 +57,8 @@ def read_run(name):
     if os.path.isdir(path):
         raise InputError(f'{name}: not a run of train.py, which knows its objective and reference')
     checkpoint = load_checkpoint(path)
+    if 'value' in checkpoint:
+        raise InputError(f'{name}: a run of lab.ppo, whose objective is no function of pairs')
     settings = dict(checkpoint['config'])
     cfg = train.Config(**{field.name: settings.pop(field.name) for field in fields(train.Config)})
     cfg.options = settings

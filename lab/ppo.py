@@ -62,7 +62,7 @@ class PPOConfig(train.Config):
 
 def load_config(argv):
     cfg = train.load_config(argv, PPOConfig)
-    for name in ('loss', 'dataset', 'reference_from', 'model_class', 'eval_only'):
+    for name in ('loss', 'dataset', 'reference_from', 'model_class', 'eval_only', 'show'):
         if getattr(cfg, name) != getattr(PPOConfig, name):
             raise InputError(f'{name}: PPO has none')
     if min(cfg.responses, cfg.max_new_tokens, cfg.epochs, cfg.max_iters) < 1:
@@ -192,8 +192,9 @@ def learn(model, optimizer, minibatches, step, cfg):
             loss -= cfg.entropy_coef * entropy(h @ model.policy.head_weight.t())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf,
-                                        error_if_nonfinite=True)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+        if not norm.isfinite():
+            raise InputError(f'rollout {step}: gradient norm {norm}; ckpt.pt is from before')
         optimizer.step()
         clipped = ((logps - old_logps).expm1().abs() > cfg.clip).float().mean()
         sums.append(torch.stack([of_policy, of_values, drift, clipped, norm]).detach())
@@ -217,6 +218,9 @@ def train_ppo(cfg):
         checkpoint = train.restore(model.policy, ckpt)
         if 'value' not in checkpoint or checkpoint['reference'] != start:
             raise InputError(f'{ckpt}: not a run of PPO from {cfg.init_from}')
+        for name in ('judge', 'beta', 'lam', 'clip', 'epochs', 'responses', 'batch_size', 'seed'):
+            if checkpoint['config'][name] != getattr(cfg, name):
+                raise InputError(f'{name}: {ckpt} was trained with {checkpoint["config"][name]}')
         model.value.load_state_dict(checkpoint['value'])
         optimizer.load_state_dict(checkpoint['optimizer'])
         step, log_bytes = checkpoint['step'], checkpoint['log_bytes']

@@ -126,7 +126,7 @@ def test_numbers_of_a_record(record, label_from_scores, numbers):
     (b'{"prompt": "\xff"}', 'bad.jsonl line 2: not valid JSON in UTF-8'),
     (dict(text='x\n', label=1), "no shape fits the keys 'text', 'label'"),
     (dict(chosen='A'), "no shape fits the keys 'chosen'"),
-    (dict(prompt='Q', chosen='A'), 'record 2 does not have 2 responses'),
+    (dict(prompt='Q', chosen='A'), 'line 2: not 2 responses'),
     (dict(prompt='Q', responses='A'), "'responses' is 'A', not a list"),
     (dict(prompt='Q', responses=['A', 'B'], scores=[1]), "'scores' needs a number for each"),
     (GOOD | dict(prompt=' \n\t'), "'prompt' is empty or blank"),
