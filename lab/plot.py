@@ -5,6 +5,7 @@ Pictures of runs, from the files they write. Needs matplotlib.
     python -m lab.plot out/dpo_demo --out=dpo.png
     python -m lab.plot --frontier=out/frontier           # results of lab/frontier.py or lab/imdb.py
     python -m lab.plot --pairs=out/pairs
+    python -m lab.plot --rewards=out/ppo_reward_demo     # a run of lab.ppo: judge's and gold reward
 
 Left out: smoothing, live updates.
 """
@@ -27,6 +28,7 @@ class Options:
     frontier: str = ''    # folders of experiments
     betas: str = ''
     pairs: str = ''
+    rewards: str = ''     # the folder of a run of lab.ppo
 
 
 def read_jsonl(path):
@@ -147,10 +149,22 @@ def pairs(folder, path):
     save(fig, path)
 
 
+def rewards(folder, path):
+    """The judge's reward and the gold one of each rollout of a run of lab.ppo, against KL."""
+    lines = [line for line in read_jsonl(os.path.join(folder, 'log.jsonl')) if 'kl' in line]
+    fig, (ax,) = panels(1, width=5, height=3.6)
+    for key, mark, label in (('reward', 'o', "the judge's"), ('reward/gold', '^', 'gold')):
+        ax.plot(column(lines, 'kl'), column(lines, key), mark, ms=4, label=label)
+    ax.set(xlabel=KL, ylabel='mean reward of a rollout')
+    ax.grid(alpha=0.25)
+    ax.legend()
+    save(fig, path)
+
+
 def main(argv):
     folders = [arg for arg in argv if not arg.startswith('--')]
     o = configure(Options, [arg for arg in argv if arg.startswith('--')])
-    for draw in (frontier, betas, pairs):
+    for draw in (frontier, betas, pairs, rewards):
         if folder := getattr(o, draw.__name__):
             draw(folder, o.out or os.path.join(folder, f'{draw.__name__}.png'))
     if folders:
