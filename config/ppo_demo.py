@@ -28,4 +28,3 @@ warmup_iters = 3
 beta2 = 0.99
 
 eval_interval = 5
-compile = False

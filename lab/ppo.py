@@ -62,9 +62,12 @@ class PPOConfig(train.Config):
 
 def load_config(argv):
     cfg = train.load_config(argv, PPOConfig)
-    for name in ('loss', 'dataset', 'reference_from', 'model_class', 'eval_only', 'show'):
+    unused = ('loss dataset split convert reference reference_from model_class eval_only eval_pairs '
+              'eval_samples log_interval tokens_per_batch max_length max_prompt_length '
+              'val_fraction truncation bad_records label_from_scores show compile')
+    for name in unused.split():
         if getattr(cfg, name) != getattr(PPOConfig, name):
-            raise InputError(f'{name}: PPO has none')
+            raise InputError(f'{name}: PPO does not use it')
     if min(cfg.responses, cfg.max_new_tokens, cfg.epochs, cfg.max_iters) < 1:
         raise InputError('responses, max_new_tokens, epochs and max_iters: 1 or more')
     if train.WORLD > 1 or isinstance(cfg.init_from, dict):

@@ -166,5 +166,5 @@ def test_a_run_goes_on_as_if_it_had_never_ended(config, tmp_path, monkeypatch, h
 
 
 def test_settings_that_ppo_has_not_are_refused(config):
-    with pytest.raises(InputError, match='loss: PPO has none'):
+    with pytest.raises(InputError, match='loss: PPO does not use it'):
         config(loss='dpo')
