@@ -105,6 +105,13 @@ def checked(name, value, where, kind):
     return value
 
 
+def check_least(cfg, **least):
+    """Raise InputError for the first of these settings that is less than its least value."""
+    for name, low in least.items():
+        if getattr(cfg, name) < low:
+            raise InputError(f'{name}: {getattr(cfg, name)} is less than {low}')
+
+
 # --------------------------------------------------------------------------------------------------
 # Commands
 

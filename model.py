@@ -226,7 +226,7 @@ class ChunkedLogps(torch.autograd.Function):
         grad_h = grad_weight = None
         with torch.autocast(h.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                grad_h = (neg_grad * (error @ weight.to(low))).to(ctx.dtypes[0])          # (N, d)
+                grad_h = (neg_grad * (error @ weight.to(low))).to(ctx.dtypes[0])       # (N, d)
             if ctx.needs_input_grad[1]:
                 grad_weight = ChunkedLogps.product(error.t(), (neg_grad * h).to(low))  # (V, d)
                 grad_weight = grad_weight.to(ctx.dtypes[1])
@@ -374,11 +374,14 @@ class GPT(nn.Module):
     def packed_hidden(self, tokens, positions, mask):           # (T,) -> (T, d); may be compiled
         return self.hidden(tokens, positions, mask)
 
+    def batch_hidden(self, batch):           # -> (T, d)
+        mask = pieces_mask(batch) if batch.mask is None else batch.mask
+        return self.packed_hidden(batch.tokens, batch.positions, mask)
+
     def token_logps(self, batch):
         """log pi(y_t | x, y_<t) of each response token of a packed batch: (N,) float32, in the
         order of `batch.targets`. Prompt tokens have none. `batch.sum_by_response` adds them
         up."""
-        mask = pieces_mask(batch) if batch.mask is None else batch.mask
-        x = self.packed_hidden(batch.tokens, batch.positions, mask)[batch.scored]      # (N, d)
+        x = self.batch_hidden(batch)[batch.scored]                                     # (N, d)
         needs_grad = torch.is_grad_enabled()
         return ChunkedLogps.apply(x, self.head_weight, batch.targets, needs_grad)      # (N,)

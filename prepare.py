@@ -530,13 +530,14 @@ def prepare(cfg):
 
 
 def write_files(stream, folder, settings):
-    counts, rows = Counter(), []
+    counts, rows, digest = Counter(), [], hashlib.sha256()
     work = functools.partial(encode_chunk, cfg=SimpleNamespace(**settings))
     n_vocab = get_tokenizer(settings['tokenizer']).n_vocab      # once, before processes fork
     with open(os.path.join(folder, 'tokens.bin'), 'wb') as f, tqdm(
             unit=' pairs', disable=None, leave=False) as bar:
         for tokens, more_rows, more_counts in in_parallel(work, chunks_of(stream)):
             f.write(tokens)
+            digest.update(tokens)
             rows += more_rows
             counts.update(more_counts)
             bar.update(more_counts['read'])
@@ -552,10 +553,7 @@ def write_files(stream, folder, settings):
     kept = [(start, *row[1:]) for start, row in zip(starts, rows) if len(row[4]) == K]
     table = np.array(kept, dtype=table_dtype(K))
     np.save(os.path.join(folder, 'pairs.npy'), table)
-    digest = hashlib.sha256()
-    for name in ('tokens.bin', 'pairs.npy'):
-        with open(os.path.join(folder, name), 'rb') as f:
-            digest.update(hashlib.file_digest(f, 'sha256').digest())
+    digest.update(table)
     meta = dict(settings=settings, n_vocab=n_vocab, counts=counts, hash=digest.hexdigest())
     with open(os.path.join(folder, 'meta.json'), 'w', encoding='utf-8') as f:
         json.dump(meta, f, indent=1)

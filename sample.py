@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from configurator import InputError, atomic_write, configure, run
+from configurator import InputError, atomic_write, check_least, configure, run
 from model import bias_of, pack, pieces_mask
 from prepare import Pairs, chat_of, parse, read_source, text_of
 from tokenizer import get_tokenizer
@@ -241,9 +241,7 @@ def main(argv):
         raise InputError('usage: python sample.py MODEL [--name=value ...]')
     o = configure(Options, argv[1:])
     names = [argv[0], o.compare] if o.compare else [argv[0]]
-    for name, low in dict(n=1, max_new_tokens=1, batch_size=1, top_k=0, limit=0).items():
-        if getattr(o, name) < low:
-            raise InputError(f'{name}: {getattr(o, name)} is less than {low}')
+    check_least(o, n=1, max_new_tokens=1, batch_size=1, top_k=0, limit=0)
     if o.temperature < 0 or not 0 < o.top_p <= 1:
         raise InputError('temperature is at least 0, and top_p above 0 and at most 1')
     if (o.prompt != '') + (o.prompts != '') + o.chat != 1:

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import dpo
 import simpo
-from configurator import InputError, atomic_write, configure, run
+from configurator import InputError, atomic_write, check_least, configure, run
 from model import GPT, block_mask, pack
 from prepare import NUMBERS, Data, Pairs, prepare, show, source_texts
 from sample import find_device, generate
@@ -133,11 +133,9 @@ def compares(cfg):
 def load_config(argv, cls=Config):
     """[CONFIG] [--name=value ...] -> a Config whose values are in range. Raises InputError."""
     cfg = configure(cls, argv, loss_options)
-    positive = ('batch_size', 'eval_interval', 'log_interval')
-    for name in (*positive, 'epochs', 'max_iters', 'warmup_iters', 'learning_rate', 'weight_decay',
-                 'grad_clip', 'eval_pairs', 'eval_samples', 'tokens_per_batch', 'seed'):
-        if getattr(cfg, name) < (name in positive):
-            raise InputError(f'{name}: {getattr(cfg, name)} is less than {int(name in positive)}')
+    check_least(cfg, batch_size=1, eval_interval=1, log_interval=1, epochs=0, max_iters=0,
+                warmup_iters=0, learning_rate=0, weight_decay=0, grad_clip=0, eval_pairs=0,
+                eval_samples=0, tokens_per_batch=0, seed=0)
     for name, choices in dict(
             schedule=('cosine', 'linear', 'constant'), reference=('cached', 'live'),
             dtype=('', 'float32', 'bfloat16')).items():
@@ -215,16 +213,21 @@ def say(text):
         tqdm.write(text)
 
 
+def name_tokenizer(cfg):
+    """Fill in cfg.tokenizer: the model's own; gpt2 for a random model."""
+    if not cfg.tokenizer:
+        cfg.tokenizer = 'gpt2' if isinstance(cfg.init_from, dict) else tokenizer_of(cfg.init_from)
+
+
 def load_run(cfg):
     """The policy at its start, its tokenizer and the prepared pairs, checked against each
     other."""
+    name_tokenizer(cfg)
     if isinstance(cfg.init_from, dict):
-        cfg.tokenizer = cfg.tokenizer or 'gpt2'
         torch.manual_seed(cfg.seed)
         vocab = dict(vocab_size=get_tokenizer(cfg.tokenizer).n_vocab)
         model = cfg.model_class(make_config(vocab | cfg.init_from, 'init_from'))
     else:
-        cfg.tokenizer = cfg.tokenizer or tokenizer_of(cfg.init_from)
         model = load(cfg.init_from, cfg.model_class)
     if WORLD > 1 and RANK > 0:
         dist.barrier()                                     # the first process prepares
@@ -500,7 +503,7 @@ def fingerprint_of(model):
     return h.hexdigest()
 
 
-def header(cfg, fingerprint, pairs):
+def header(cfg, fingerprint, data=''):
     """The first line of log.jsonl: enough to repeat the run."""
     git, commit = 'git describe --always --exclude=* --dirty=+changes'.split(), ''
     with contextlib.suppress(OSError):                     # git is not installed
@@ -511,7 +514,7 @@ def header(cfg, fingerprint, pairs):
         hardware = torch.cuda.get_device_name()
     versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
     return dict(config=plain_settings(cfg), commit=commit, weights=fingerprint,
-                data=pairs.meta['hash'], hardware=hardware, processes=WORLD, versions=versions)
+                data=data, hardware=hardware, processes=WORLD, versions=versions)
 
 
 def save_checkpoint(path, model, cfg, **state):
@@ -657,7 +660,7 @@ def train(cfg):
 
     if not cfg.resume and RANK == 0:
         copy_tokenizer(cfg.tokenizer, cfg.out_dir)
-        write_log(**header(cfg, fingerprint, pairs))
+        write_log(**header(cfg, fingerprint, pairs.meta['hash']))
     K = pairs.K if compares(cfg) else 1
 
     def load_step(step):
@@ -755,12 +758,11 @@ def train(cfg):
 
 def main(argv):
     cfg = load_config(argv)
-    if not cfg.show:
+    if cfg.show:
+        name_tokenizer(cfg)
+        show(cfg)
+    else:
         train(cfg)
-        return
-    if isinstance(cfg.init_from, str):
-        cfg.tokenizer = cfg.tokenizer or tokenizer_of(cfg.init_from)
-    show(cfg)
 
 
 if __name__ == '__main__':

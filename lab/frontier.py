@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 import train
-from configurator import InputError, configure, run
+from configurator import InputError, check_least, configure, run
 from lab import films, labels, optimum, plot, ppo
 from lab.credit import PositionWeightedGPT
 from lab.reward import RewardModel, reward_distillation_loss, reward_loss
@@ -166,21 +166,23 @@ def run_job(job, settings, rewards, out, world=films.FILMS):
     data, own['loss'], replaced = METHODS.get(job['loss'], ('', job['loss'], {}))
     judge = options.pop('judge', '')
     judge = judge_folder(job['dataset'], out) if judge == 'model' else judge
-    if job['loss'] == 'ppo':
-        cfg = ppo_config(options | dict(judge=judge, seed=job['seed'], out_dir=folder), job)
-        train_logged(ppo.train_ppo, cfg, out)
-        return job | placed(cfg, rewards, world, job) | dict(seconds=time.perf_counter() - started)
     if data == 'accepted':
         own['dataset'] = labels.accepted(job['dataset'], judge, settings['init_from'])
     elif data:
         own['dataset'] = labels.scored(job['dataset'], judge, data)
-    fixed = dict(out_dir=folder, overwrite=True, eval_interval=10**9)    # evaluated at both ends
-    cfg = config_of(settings | options | own | fixed)
-    for name, value in replaced.items():
-        setattr(cfg, name, value)
-    cfg.options = {name: cfg.options[name] for name in train.loss_options(cfg)}
-    train_logged(train.train, cfg, out)
-    return job | placed(cfg, rewards, world, job) | dict(seconds=time.perf_counter() - started)
+    if job['loss'] == 'ppo':
+        cfg = ppo_config(options | dict(judge=judge, seed=job['seed'], out_dir=folder), job)
+        train_logged(ppo.train_ppo, cfg, out)
+    else:
+        fixed = dict(out_dir=folder, overwrite=True, eval_interval=10**9)    # two evaluations
+        cfg = config_of(settings | options | own | fixed)
+        for name, value in replaced.items():
+            setattr(cfg, name, value)
+        cfg.options = {name: cfg.options[name] for name in train.loss_options(cfg)}
+        train_logged(train.train, cfg, out)
+    policy, reference = (load(name).to(cfg.device) for name in (folder, cfg.init_from))
+    figures = optimum.place(policy, reference, rewards, world, job['samples'])
+    return job | figures | dict(seconds=time.perf_counter() - started)
 
 
 def ppo_config(options, job):
@@ -190,11 +192,6 @@ def ppo_config(options, job):
                            *(f'--{name}={value}' for name, value in options.items())])
     cfg.at_end = None
     return cfg
-
-
-def placed(cfg, rewards, world, job):
-    policy, reference = (load(name).to(cfg.device) for name in (cfg.out_dir, cfg.init_from))
-    return optimum.place(policy, reference, rewards, world, job['samples'])
 
 
 def keep_result(line, out):
@@ -222,8 +219,9 @@ def best_of_n(rewards, n):
     exact for the distribution of these samples, as ties are alike to it. Without ties the KL is
     the bound, log n - (n-1)/n, else below it (Beirami et al. 2024, arXiv:2401.01879).
     """
-    row, column = rewards[:, None, :], rewards[:, :, None]
-    below, up_to = (row < column).mean(-1), (row <= column).mean(-1)            # G and F
+    ranks = [[np.searchsorted(np.sort(row), row, side) for row in rewards]
+             for side in ('left', 'right')]
+    below, up_to = np.array(ranks) / rewards.shape[1]                           # G and F
     ratio = (up_to**n - below**n) / (up_to - below)
     return (ratio * rewards).mean(), (ratio * np.log(np.maximum(ratio, 1e-300))).mean()
 
@@ -234,8 +232,10 @@ def keep_best_of_n(rewards, out):
     at = [rng.integers(rewards.shape[1], size=rewards.shape) for _ in range(25)]     # a bootstrap
     with open(os.path.join(out, 'best_of_n.jsonl'), 'w') as f:
         for n in (2, 4, 8, 16, 32, 64):
-            rows = [(*best_of_n(some, n), optimum.share_of(some, *best_of_n(some, n))[0])
-                    for some in [rewards, *(np.take_along_axis(rewards, i, 1) for i in at)]]
+            rows = []
+            for drawn in [rewards, *(np.take_along_axis(rewards, i, 1) for i in at)]:
+                point = best_of_n(drawn, n)
+                rows.append((*point, optimum.share_of(drawn, *point)[0]))
             line = dict(zip(names, map(float, rows[0]))) | {
                 f'{name}_error': float(e) for name, e in zip(names, np.std(rows[1:], 0, ddof=1))}
             f.write(json.dumps(line | dict(n=n, bound=math.log(n) - (n - 1) / n)) + '\n')
@@ -334,9 +334,8 @@ def sft(o):
 
 def read_options(cls, argv):
     o = configure(cls, argv)
-    for name, least in dict(seeds=1, pairs=0, max_iters=0, samples=2).items():
-        if getattr(o, name, least) < least:
-            raise InputError(f'{name}: {getattr(o, name)} is less than {least}')
+    least = dict(seeds=1, pairs=0, max_iters=0, samples=2)
+    check_least(o, **{name: low for name, low in least.items() if hasattr(o, name)})
     plot.pyplot()                        # an error now rather than after the last run
     return o
 

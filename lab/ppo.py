@@ -35,10 +35,10 @@ import train
 from configurator import InputError, run
 from lab import films
 from lab.judge import load_judge
-from model import ChunkedLogps, pack, pieces_mask
+from model import ChunkedLogps, pack
 from sample import encode_prompt, generate, text_and_end
 from tokenizer import get_tokenizer
-from weights import load, tokenizer_of
+from weights import load
 
 
 @dataclass
@@ -62,8 +62,8 @@ class PPOConfig(train.Config):
 
 def load_config(argv):
     cfg = train.load_config(argv, PPOConfig)
-    unused = ('loss dataset split convert reference reference_from model_class eval_only eval_pairs '
-              'eval_samples log_interval tokens_per_batch max_length max_prompt_length '
+    unused = ('loss dataset split convert reference reference_from model_class eval_only '
+              'eval_pairs eval_samples log_interval tokens_per_batch max_length max_prompt_length '
               'val_fraction truncation bad_records label_from_scores show compile')
     for name in unused.split():
         if getattr(cfg, name) != getattr(PPOConfig, name):
@@ -135,7 +135,7 @@ class PolicyAndValue(nn.Module):
 
     def forward(self, batch):            # -> (N,) token_logps, (N,) values, (N, d) the outputs h
         gpt = self.policy
-        h = gpt.packed_hidden(batch.tokens, batch.positions, pieces_mask(batch))[batch.scored]
+        h = gpt.batch_hidden(batch)[batch.scored]
         logps = ChunkedLogps.apply(h, gpt.head_weight, batch.targets, torch.is_grad_enabled())
         return logps, 20 * self.value(h.detach())[:, 0].float(), h    # a weight moves by lr a step
 
@@ -210,7 +210,7 @@ def train_ppo(cfg):
     train.setup_machine(cfg)
     ckpt = os.path.join(cfg.out_dir, 'ckpt.pt')
     train.check_out_dir(cfg, ckpt)
-    cfg.tokenizer = cfg.tokenizer or tokenizer_of(cfg.init_from)
+    train.name_tokenizer(cfg)
     tokenizer = get_tokenizer(cfg.tokenizer)
     reference = load(cfg.init_from).to(cfg.device).requires_grad_(False)
     start, model = train.fingerprint_of(reference), PolicyAndValue(load(cfg.init_from))
@@ -229,7 +229,7 @@ def train_ppo(cfg):
         step, log_bytes = checkpoint['step'], checkpoint['log_bytes']
     log = train.open_log(cfg, log_bytes)
     if not cfg.resume:
-        log.write(json.dumps(dict(config=train.plain_settings(cfg))).encode() + b'\n')
+        log.write(json.dumps(train.header(cfg, start)).encode() + b'\n')
     with train.catch_signals() as stop, tqdm(
             total=cfg.max_iters, initial=step, unit=' rollouts', disable=None) as bar:
         while step < cfg.max_iters and not stop:

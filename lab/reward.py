@@ -13,7 +13,7 @@ Left out: centred rewards (the loss sees only differences), reward models of oth
 import torch.nn as nn
 
 from dpo import bernoulli_nll
-from model import GPT, pieces_mask
+from model import GPT
 
 
 class RewardModel(GPT):
@@ -25,8 +25,7 @@ class RewardModel(GPT):
         nn.init.zeros_(self.head.weight)     # all rewards 0, so the first loss is log 2
 
     def token_logps(self, batch):            # -> (N,), in the order of batch.targets
-        mask = pieces_mask(batch) if batch.mask is None else batch.mask
-        x = self.packed_hidden(batch.tokens, batch.positions, mask)                 # (T, d)
+        x = self.batch_hidden(batch)                                                # (T, d)
         last = batch.lengths.flatten().cumsum(0) - 1         # (B*K,): which of the N tokens end one
         at = (batch.branch > 0).nonzero()[:, 0][last]        # (B*K,): where those are in the batch
         rewards = (x[at].float() * self.head.weight[0]).sum(-1)                     # not in bf16

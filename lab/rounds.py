@@ -29,11 +29,11 @@ import numpy as np
 
 import sample
 import train
-from configurator import InputError, atomic_write, run
+from configurator import InputError, atomic_write, check_least, run
 from lab.judge import LABELS, as_record, encode, load_judge, rank, read_texts
 from prepare import records_of
 from tokenizer import get_tokenizer
-from weights import load, tokenizer_of
+from weights import load
 
 
 @dataclass
@@ -47,9 +47,7 @@ class RoundsConfig(train.Config):
 
 def load_config(argv):
     cfg = train.load_config(argv, RoundsConfig)
-    for name, low in dict(rounds=1, completions=2, round_pairs=1).items():
-        if getattr(cfg, name) < low:
-            raise InputError(f'{name}: {getattr(cfg, name)} is less than {low}')
+    check_least(cfg, rounds=1, completions=2, round_pairs=1)
     if cfg.labels not in LABELS:
         raise InputError(f'labels: {cfg.labels!r} is not one of {", ".join(LABELS)}')
     if cfg.completions > 2 and cfg.labels != 'soft' and train.asks_for(cfg, 'rejected'):
@@ -98,7 +96,7 @@ def train_rounds(cfg):
         os.remove(path)
     os.makedirs(cfg.out_dir, exist_ok=True)
     train.setup_machine(cfg)
-    cfg.tokenizer = cfg.tokenizer or tokenizer_of(cfg.init_from)
+    train.name_tokenizer(cfg)
     cfg.truncation = 'cut'               # sampled responses fit
     judge = load_judge(cfg.judge, cfg.device)
     entries = read_texts((where, raw) for _, where, raw in records_of(cfg))
