@@ -105,6 +105,13 @@ def checked(name, value, where, kind):
     return value
 
 
+def check_choice(cfg, **choices):
+    """Raise InputError for the first of these settings that is not one of its choices."""
+    for name, allowed in choices.items():
+        if getattr(cfg, name) not in allowed:
+            raise InputError(f'{name}: {getattr(cfg, name)!r} is not one of {allowed}')
+
+
 def check_least(cfg, **least):
     """Raise InputError for the first of these settings that is less than its least value."""
     for name, low in least.items():

@@ -145,26 +145,13 @@ def pieces_mask(batch, piece=128):
     return [bias_of(visible(batch.pair, batch.branch, i[:, None], i[None, :])) for i in index]
 
 
-def block_mask(batch, size=128):
-    """`visible` as a BlockMask for FlexAttention, which skips blocks with nothing visible.
-
-    Pairs lie in order, so a block of queries sees a block of keys only if their ranges of pairs
-    overlap: (T/size)^2 comparisons, where create_block_mask evaluates `visible` T^2 times.
-    """
-    from torch.nn.attention.flex_attention import BlockMask
+def block_mask(batch):
+    """`visible` as a BlockMask for FlexAttention, which skips blocks with nothing visible."""
+    from torch.nn.attention.flex_attention import create_block_mask
     pair, branch, T = batch.pair, batch.branch, batch.tokens.numel()
-    # ids that ascend along the batch, padding included (3 T is above them all)
-    ascending = torch.where(pair < 0, T - pair, pair)
-    ascending = F.pad(ascending, (0, -T % size), value=3 * T).view(-1, size)
-    first, last = ascending[:, 0], ascending[:, -1]
-    index = torch.arange(len(first), device=pair.device)
-    overlap = (first[:, None] <= last) & (first <= last[:, None]) & (index <= index[:, None])
-    kv_num_blocks = overlap.sum(1, dtype=torch.int32)           # (queries,)
-    # each row: the blocks to visit in ascending order, then the rest
-    kv_indices = overlap.int().argsort(dim=1, descending=True, stable=True).int()
-    return BlockMask.from_kv_blocks(
-        kv_num_blocks[None, None], kv_indices[None, None], BLOCK_SIZE=size, seq_lengths=(T, T),
-        mask_mod=lambda b, h, q, k: visible(pair, branch, q, k))
+    # compiled, it does not hold a T x T mask in memory
+    return torch.compile(create_block_mask, dynamic=False)(
+        lambda b, h, q, k: visible(pair, branch, q, k), None, None, T, T, device=pair.device.type)
 
 
 # --------------------------------------------------------------------------------------------------

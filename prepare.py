@@ -18,8 +18,8 @@ and any data set of the hub. Shapes of records, detected from their keys:
     {"prompt": "...", "responses": ["best", ..., "worst"]}      a ranking, or sorted by "scores"
     {"prompt": "...", "chosen": "..."}, {"messages": [...]}     no comparison: for loss = 'sft'
 
-All may have "chosen_score" and "rejected_score", and the numbers of NUMBERS. For other shapes, set
-`convert` in a config file: a function from a record to one of these, or to None to leave it out.
+All may have the numbers of NUMBERS. For other shapes, set `convert` in a config file: a function
+from a record to one of these, or to None to leave it out.
 
 A chat is written by the model's own template, or as \\n\\nHuman: ... \\n\\nAssistant: ... without
 one. Prompt and response are tokenized apart, and a response ends with the end-of-text token.
@@ -51,10 +51,9 @@ from types import SimpleNamespace
 import numpy as np
 from tqdm import tqdm
 
-from configurator import InputError, configure, first_line, run
+from configurator import InputError, check_choice, configure, first_line, run
 from tokenizer import ASSISTANT, MARK, get_tokenizer, plain_chat
 
-CHUNK = 2**20           # bytes of records that a worker takes at a time
 # Numbers that a record may have, with their defaults. An objective gets one by naming it.
 NUMBERS = {'p': 1.0,        # the probability that chosen is better
            'margin': 0.0}   # by how much it is better, for reward models
@@ -70,10 +69,8 @@ class Data:
     template: str = ''                  # 'chat': a prompt string is a user turn
     max_length: int = 512               # tokens of a prompt with one of its responses
     max_prompt_length: int = 256        # a longer prompt loses its start; a chat, its early turns
-    truncation: str = 'cut'             # a response that does not fit: 'cut' it, or 'drop' the pair
     val_fraction: float = 0.05          # of prompts, chosen by their hash; 1.0: everything
     bad_records: str = 'error'          # or 'skip': leave them out, and count them
-    label_from_scores: bool = False     # p = sigma(chosen_score - rejected_score)
     convert: Callable | None = None     # record -> record of a known shape, or None
     data_dir: str = 'data'
     show: int = 0                       # print so many records, write nothing
@@ -85,7 +82,7 @@ class Data:
 SHAPES = ('prompt, chosen, rejected; chosen, rejected; messages or conversations; instruction or '
           'question; response_j, response_k; output_1, output_2, preference; prompt, responses')
 SYNONYMS = dict(conversations='messages', question='instruction', response_j='chosen',
-                response_k='rejected', score_chosen='chosen_score', score_rejected='rejected_score')
+                response_k='rejected')
 ROLES = dict(user='user', human='user', assistant='assistant', gpt='assistant', system='system')
 
 
@@ -97,15 +94,14 @@ def text_of(value, key):
     return value
 
 
-def number_of(value, key, low=-3e38, high=3e38):
+def number_of(value, key):
     """A float; the text of a number, as in CSV, will do."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not low <= number <= high:
-        allowed = f' from {low:g} to {high:g}' if high < 3e38 else ''
-        raise InputError(f'{key!r} is {brief(value)}, not a number{allowed}')
+    if not math.isfinite(np.float32(number)):
+        raise InputError(f'{key!r} is {brief(value)}, not a number')
     return number
 
 
@@ -174,7 +170,7 @@ def split_chats(prompt, chats):
     return prompt, answers
 
 
-def read_record(record, template='', label_from_scores=False):
+def read_record(record, template=''):
     """A record of any shape -> (prompt, responses, numbers). Prompt and responses are strings, or
     lists of messages. Raises InputError, which names the key that is missing, empty or wrong."""
     if not isinstance(record, dict):
@@ -182,14 +178,12 @@ def read_record(record, template='', label_from_scores=False):
     r = {SYNONYMS[key]: value for key, value in record.items() if key in SYNONYMS} | record
     r = {key: value for key, value in r.items() if value is not None}    # Parquet fills gaps
     if {'output_1', 'output_2', 'preference'} <= r.keys():         # AlpacaEval
-        p = 2 - number_of(r['preference'], 'preference', 1, 2)
+        p = 2 - number_of(r['preference'], 'preference')
         best, worst = ('output_1', 'output_2') if p >= 0.5 else ('output_2', 'output_1')
         r |= dict(chosen=r[best], rejected=r[worst], p=max(p, 1 - p))
-    if label_from_scores:
-        scores = [number_of(r.get(key), key) for key in ('chosen_score', 'rejected_score')]
-        r['p'] = 1 / (1 + math.exp(min(700.0, scores[1] - scores[0])))    # Bradley-Terry
-    numbers = {name: number_of(r.get(name, default), name, *((0, 1) if name == 'p' else ()))
-               for name, default in NUMBERS.items()}
+    numbers = {name: number_of(r.get(name, default), name) for name, default in NUMBERS.items()}
+    if not 0 <= numbers['p'] <= 1:
+        raise InputError(f"'p' is {numbers['p']}, not a probability")
 
     keyed, prompt = responses_of(r), r.get('prompt')
     texts = all(isinstance(response, str) for _, response in keyed)
@@ -326,7 +320,7 @@ def tokenize(prompt, responses, tokenizer, cfg):
     Responses are None where the pair is dropped. A string prompt loses its start, a chat its early
     turns, a response its end (and with it the end of text).
     """
-    if isinstance(prompt, list) and tokenizer.template is not None:
+    if isinstance(prompt, list) and tokenizer.has_template:
         ids, responses, notes = tokenize_chat(prompt, responses, tokenizer, cfg.max_prompt_length)
         if ids is None:
             return None, None, notes
@@ -342,8 +336,6 @@ def tokenize(prompt, responses, tokenizer, cfg):
         ids = np.concatenate([np.array(tokenizer.begin, dtype=ids.dtype), ids])
     room = cfg.max_length - len(ids)
     if max(map(len, responses)) > room:
-        if cfg.truncation == 'drop':
-            return ids, None, ['dropped: a response did not fit']
         responses = [r[:room] for r in responses]
         notes = [*notes, 'pairs with a response that lost its end']
     if len(responses) > 1 and len({r.tobytes() for r in responses}) == 1:
@@ -352,43 +344,32 @@ def tokenize(prompt, responses, tokenizer, cfg):
 
 
 def tokenize_chat(prompt, responses, tokenizer, longest):
-    """As tokenize, by the model's chat template. A prompt that is too long loses whole early turns;
-    if its last turn alone is too long, the start of that; never the system turn or the opening."""
-    turns, notes = list(prompt), []
-    system = [turns.pop(0)] if turns[0]['role'] == 'system' else []
-    last = tokenizer.encode(turns[-1]['content'] if turns else '')
-    keep = len(last)                     # tokens of the last turn; fewer each time around
-    while True:
-        text = tokenizer.render(system + turns, opening=True)
+    """As tokenize, by the model's chat template. A prompt that is too long loses whole early turns,
+    never its system turn."""
+    system, turns = ([prompt[0]], prompt[1:]) if prompt[0]['role'] == 'system' else ([], prompt)
+    starts = [0, *(i for i, m in enumerate(turns) if i and m['role'] == 'user')]
+    for start in starts:
+        text = tokenizer.render(system + turns[start:], opening=True)
         ids = tokenizer.encode_rendered(text)
-        excess = len(ids) - longest
-        if excess <= 0:
+        if len(ids) <= longest:
             break
-        notes = ['chats that lost early turns']
-        second = next((i for i, m in enumerate(turns) if i and m['role'] == 'user'), 0)
-        if second:
-            turns = turns[second:]
-        elif keep > excess:
-            keep -= excess
-            end = tokenizer.decode(last[len(last) - keep:].tolist()).lstrip('\ufffd')
-            turns = [*turns[:-1], turns[-1] | dict(content=end)]
-        else:
-            return None, None, ['dropped: the chat does not fit max_prompt_length']
+    else:
+        return None, None, ['dropped: the chat does not fit max_prompt_length']
     answers = []
     for answer in responses:
-        chat = tokenizer.render(system + turns + answer)
+        chat = tokenizer.render(system + turns[start:] + answer)
         rest = chat.removeprefix(text)
         if rest == chat or answer[-1]['content'].strip() not in rest.replace(MARK, ''):
             raise InputError(f"the chat template of {tokenizer.name} drops the assistant's turn")
         joined = tokenizer.encode_rendered(chat)    # in context: some open a text with a space
         answers.append(joined[len(ids):] if np.array_equal(joined[:len(ids)], ids)
                        else tokenizer.encode_rendered(rest))
-    return ids, answers, notes
+    return ids, answers, ['chats that lost early turns'] * (start > 0)
 
 
 def encode_record(raw, tokenizer, cfg):
     """-> (prompt, its ids, ids of the responses or None, numbers, notes)"""
-    prompt, responses, numbers = read_record(parse(raw), cfg.template, cfg.label_from_scores)
+    prompt, responses, numbers = read_record(parse(raw), cfg.template)
     try:
         ids, responses, notes = tokenize(prompt, responses, tokenizer, cfg)
     except UnicodeEncodeError as e:
@@ -396,51 +377,32 @@ def encode_record(raw, tokenizer, cfg):
     return prompt, ids, responses, numbers, notes
 
 
-def encode_chunk(chunk, cfg):
-    """[(number, where, raw), ...] -> (tokens end to end, rows of the table behind where each is
-    from, counts), run by a worker."""
+def encode(item, cfg):
+    """(number, where, raw record) -> (where, the row of the table but its start, tokens, notes), run
+    by a worker. Row and tokens are None where the pair is dropped."""
+    number, where, raw = item
     tokenizer = get_tokenizer(cfg.tokenizer)
-    tokens, rows, counts = [], [], Counter(read=len(chunk))
-    for number, where, raw in chunk:
-        try:
-            prompt, ids, responses, numbers, notes = encode_record(raw, tokenizer, cfg)
-        except InputError as e:
-            if cfg.bad_records != 'skip':
-                raise InputError(f'{where}: {e} (--bad_records=skip leaves such records out)')
-            counts['dropped: bad records'] += 1
-            continue
-        counts.update(notes)
-        if responses:
-            text = prompt if isinstance(prompt, str) else json.dumps(prompt)
-            place = hashlib.blake2b(text.encode(), digest_size=8).digest()
-            val = int.from_bytes(place, 'big') < cfg.val_fraction * 2**64
-            lengths = [len(r) for r in responses]
-            rows.append((where, number, val, len(ids), lengths, *numbers.values()))
-            tokens += [ids, *responses]
-    return np.concatenate(tokens or [[]]).astype(token_dtype(tokenizer.n_vocab)), rows, counts
+    try:
+        prompt, ids, responses, numbers, notes = encode_record(raw, tokenizer, cfg)
+    except InputError as e:
+        if cfg.bad_records != 'skip':
+            raise InputError(f'{where}: {e} (--bad_records=skip leaves such records out)')
+        return where, None, None, ['dropped: bad records']
+    if responses is None:
+        return where, None, None, notes
+    text = prompt if isinstance(prompt, str) else json.dumps(prompt)
+    place = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    val = int.from_bytes(place, 'big') < cfg.val_fraction * 2**64
+    row = number, val, len(ids), [len(r) for r in responses], *numbers.values()
+    tokens = np.concatenate([ids, *responses]).astype(token_dtype(tokenizer.n_vocab)).tobytes()
+    return where, row, tokens, notes
 
 
-def chunks_of(stream):
-    chunk, size = [], 0
-    for number, where, raw in stream:
-        chunk.append((number, where, raw))
-        size += len(raw) if isinstance(raw, bytes) else 2000
-        if size > CHUNK:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-def in_parallel(work, chunks):
-    """work(chunk) of every chunk, in order, in as many processes as there are cores."""
-    first = list(itertools.islice(chunks, 2))
-    if len(first) < 2:                   # not worth starting processes
-        yield from map(work, first)
-        return
+def in_parallel(work, items):
+    """work(item) of every item, in order, in as many processes as there are cores."""
     fork = multiprocessing.get_context('fork' if sys.platform == 'linux' else 'spawn')
     with fork.Pool(initializer=leave_signals) as pool:
-        yield from pool.imap(work, itertools.chain(first, chunks))
+        yield from pool.imap(work, items, chunksize=256)
 
 
 def leave_signals():
@@ -488,10 +450,7 @@ def source_texts(*objects):
 
 
 def check_data(cfg):
-    for name, choices in dict(truncation=('cut', 'drop'), bad_records=('error', 'skip'),
-                              template=('', 'chat')).items():
-        if getattr(cfg, name) not in choices:
-            raise InputError(f'{name}: {getattr(cfg, name)!r} is not one of {choices}')
+    check_choice(cfg, bad_records=('error', 'skip'), template=('', 'chat'))
     if not 0 <= cfg.val_fraction <= 1:
         raise InputError(f'val_fraction: {cfg.val_fraction} is not between 0 and 1')
     if not 1 <= cfg.max_prompt_length < cfg.max_length:
@@ -529,50 +488,38 @@ def prepare(cfg):
     return folder
 
 
-def write_files(stream, folder, settings):
-    counts, rows, digest = Counter(), [], hashlib.sha256()
-    work = functools.partial(encode_chunk, cfg=SimpleNamespace(**settings))
+def write_files(records, folder, settings):
+    counts, rows, start, digest = Counter(), [], 0, hashlib.sha256()
+    work = functools.partial(encode, cfg=SimpleNamespace(**settings))
     n_vocab = get_tokenizer(settings['tokenizer']).n_vocab      # once, before processes fork
-    with open(os.path.join(folder, 'tokens.bin'), 'wb') as f, tqdm(
-            unit=' pairs', disable=None, leave=False) as bar:
-        for tokens, more_rows, more_counts in in_parallel(work, chunks_of(stream)):
-            f.write(tokens)
-            digest.update(tokens)
-            rows += more_rows
-            counts.update(more_counts)
-            bar.update(more_counts['read'])
+    with open(os.path.join(folder, 'tokens.bin'), 'wb') as f:
+        for where, row, tokens, notes in tqdm(
+                in_parallel(work, records), unit=' pairs', disable=None, leave=False):
+            if row and rows and len(row[3]) != len(rows[0][4]):
+                if settings['bad_records'] != 'skip':
+                    raise InputError(f'{where}: not {len(rows[0][4])} responses, as in the records '
+                                     'before (--bad_records=skip leaves such records out)')
+                row, notes = None, ['dropped: bad records']
+            counts.update(['records read', *notes])
+            if row:
+                f.write(tokens)
+                digest.update(tokens)
+                rows.append((start, *row))
+                start += row[2] + sum(row[3])
     if not rows:
         raise InputError(f'{settings["dataset"]}: no pair is left of the records: {dict(counts)}')
-    sizes = np.array([row[3] + sum(row[4]) for row in rows])
-    starts, K = (np.cumsum(sizes) - sizes).tolist(), len(rows[0][4])
-    ragged = [row[0] for row in rows if len(row[4]) != K]
-    if ragged and settings['bad_records'] != 'skip':
-        raise InputError(f'{ragged[0]}: not {K} responses, as in the records before '
-                         '(--bad_records=skip leaves such records out)')
-    counts.update({'dropped: bad records': len(ragged)} if ragged else {})
-    kept = [(start, *row[1:]) for start, row in zip(starts, rows) if len(row[4]) == K]
-    table = np.array(kept, dtype=table_dtype(K))
+    table = np.array(rows, dtype=table_dtype(len(rows[0][4])))
     np.save(os.path.join(folder, 'pairs.npy'), table)
     digest.update(table)
     meta = dict(settings=settings, n_vocab=n_vocab, counts=counts, hash=digest.hexdigest())
     with open(os.path.join(folder, 'meta.json'), 'w', encoding='utf-8') as f:
         json.dump(meta, f, indent=1)
-    print(report(table, counts))
-
-
-def report(table, counts):
-    """A summary: records read, kept, cut and dropped; percentiles of the lengths."""
-    val, K = int(table['val'].sum()), table['responses'].shape[1]
-    lines = [f'{counts["read"]:>9,} records read',
-             f'{len(table):>9,} kept: {len(table) - val:,} to train on, {val:,} to validate']
-    lines += [f'{n:>9,} {note}' for note, n in sorted(counts.items()) if note != 'read']
-    percents = (0, 50, 90, 99, 100)
-    lines.append(f'{"tokens":>9}  ' + ''.join(f'{f"{q}%":>7}' for q in percents))
-    columns = [table['prompt'], *table['responses'].T[[0, -1][:K]]]
-    for name, lengths in zip(('prompt', 'chosen', 'rejected'), columns):
-        values = np.percentile(lengths, percents, method='inverted_cdf')
-        lines.append(f'{name:>9}  ' + ''.join(f'{int(value):>7}' for value in values))
-    return '\n'.join(lines)
+    val = int(table['val'].sum())
+    summary = dict(counts) | {
+        'pairs to train on': len(table) - val, 'pairs to validate': val,
+        'tokens, longest prompt': table['prompt'].max(),
+        'tokens, longest response': table['responses'].max()}
+    print('\n'.join(f'{n:>9,} {what}' for what, n in summary.items()))
 
 
 class Pairs:

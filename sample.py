@@ -30,11 +30,11 @@ from weights import find, load, load_checkpoint, tokenizer_of
 
 
 class Cache:
-    """One block's keys and values of B sequences of up to `limit` tokens."""
+    """One block's keys and values of B sequences of up to `limit` tokens, (B, G, limit, D)."""
 
     def __init__(self, B, limit, config, like):
         shape = (B, config.n_kv_head, limit, config.head_dim)
-        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)    # (B, G, limit, D)
+        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
 
     def place(self, rows, positions, keys=None):
         """Where the next tokens go, (n,) each. `keys`: how many keys to attend to; None: a packed
@@ -47,9 +47,6 @@ class Cache:
             new = new.transpose(0, 1) if packed else new[:, :, 0]        # (n, G, D)
             cache[self.rows, :, self.positions] = new
         return (k, v) if packed else (self.k[:, :, :self.keys], self.v[:, :, :self.keys])
-
-    def keep(self, rows):
-        self.k, self.v = self.k[rows], self.v[rows]
 
 
 @torch.no_grad()
@@ -76,31 +73,25 @@ def generate(model, prompts, max_new_tokens, ends, temperature=1.0, top_k=0, top
     x = model.hidden(batch.tokens, batch.positions, pieces_mask(batch), caches)          # (T, d)
     x = x[batch.scored]                                                                  # (B, d)
     last = torch.tensor([len(p) - 1 for p in prompts], device=device)   # position of the last token
-    rows = torch.arange(B, device=device)                               # which prompt a row answers
+    rows = torch.arange(B, device=device)
     live = torch.ones(B, dtype=torch.bool, device=device)
     responses = [[] for _ in prompts]
     for _ in range(max_new_tokens):
-        logits = x.float() @ model.head_weight.float().t()                      # (rows, V)
-        uniform = torch.rand(B, generator=rng).to(device)[rows]
-        tokens = draw(logits, temperature, top_k, top_p, uniform)               # (rows,)
-        for row, token, alive in zip(rows.tolist(), tokens.tolist(), live.tolist()):
+        logits = x.float() @ model.head_weight.float().t()                      # (B, V)
+        tokens = draw(logits, temperature, top_k, top_p, torch.rand(B, generator=rng).to(device))
+        for response, token, alive in zip(responses, tokens.tolist(), live.tolist()):
             if alive:
-                responses[row].append(token)
+                response.append(token)
         last = last + live                              # finished rows stand still
         live = live & ~torch.isin(tokens, ends) & (last < context - 1)
         if not live.any():
             break
-        if live.sum() <= 0.75 * len(rows):              # ... and leave, when they are many
-            rows, tokens, last = rows[live], tokens[live], last[live]
-            for cache in caches:
-                cache.keep(live)
-            live = live[live]
         keys = int(last.max()) + 1
         for cache in caches:
-            cache.place(torch.arange(len(rows), device=device), last, keys)
-        mask = bias_of(torch.arange(keys, device=device) <= last[:, None])      # (rows, keys)
+            cache.place(rows, last, keys)
+        mask = bias_of(torch.arange(keys, device=device) <= last[:, None])      # (B, keys)
         x = model.hidden(tokens[:, None], last[:, None], mask[:, None, None], caches)
-        x = x[:, 0]                                                             # (rows, d)
+        x = x[:, 0]                                                             # (B, d)
     return responses
 
 

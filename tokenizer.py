@@ -14,18 +14,19 @@ out: training a tokenizer, tools and documents in templates.
 import functools
 import os
 import re
-from datetime import datetime
 
 import numpy as np
 import tiktoken
 
-from configurator import InputError, first_line, read_json
+from configurator import InputError, first_line
 
 END = '<|endoftext|>'
 ASSISTANT = '\n\nAssistant:'
 # A noncharacter, which no text has. `render` puts it inside words of a message that spell a special
 # token, so that they are encoded as text; `encode_rendered` drops it afterwards.
 MARK = '\ufdd0'
+TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja',
+                   'generation_config.json', 'special_tokens_map.json', 'vocab.json', 'merges.txt')
 
 
 class Tokenizer:
@@ -34,48 +35,34 @@ class Tokenizer:
     n_vocab: size of the vocabulary. eot: the token that ends a response. ends: all tokens at which
     sampling stops. bos, begin: the token that opens every text (Llama's <s>) or None, as a list.
     """
-    template, bos, begin = None, None, []
 
     def __init__(self, name, encoding=None):
         self.name, self.encoding = name, encoding
+        self.bos, self.begin, self.has_template = None, [], False
         if encoding is not None:
             self.n_vocab, self.eot = encoding.n_vocab, encoding.eot_token
             self.ends = {self.eot}
             return
-        import tokenizers                # slow to load; gpt2 and byte do without it
+        from transformers import PreTrainedTokenizerFast    # slow to load; gpt2 and byte do without
         try:
-            self.hf = tokenizers.Tokenizer.from_file(os.path.join(name, 'tokenizer.json'))
-        except Exception as e:           # the library raises plain Exceptions
-            raise InputError(f'{name}/tokenizer.json: not a tokenizer ({first_line(e)})')
+            self.theirs = PreTrainedTokenizerFast.from_pretrained(name)
+        except Exception as e:           # each file has its own errors
+            raise InputError(f'{name}: no whole tokenizer ({first_line(e)})')
+        self.n_vocab, self.bos = len(self.theirs), self.theirs.bos_token_id
+        self.eot, self.has_template = self.theirs.eos_token_id, bool(self.theirs.chat_template)
+        if self.eot is None:
+            raise InputError(f'{name}: tokenizer_config.json has no eos_token')
+        self.ends = {self.eot}
+        self.hf = self.theirs.backend_tokenizer
         self.hf.no_truncation()
         self.hf.no_padding()
-        config, generation = (read_json(os.path.join(name, f'{file}.json'), missing={})
-                              for file in ('tokenizer_config', 'generation_config'))
-        words = {key: word['content'] if isinstance(word, dict) else word
-                 for key, word in config.items()
-                 if re.fullmatch('(bos|eos|unk|pad)_token', key) and word}
-        ends = generation.get('eos_token_id')
-        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-        eos = self.hf.token_to_id(words.get('eos_token', ''))
-        if eos is None and not ends:
-            raise InputError(f'{name}: tokenizer_config.json has no eos_token')
-        self.n_vocab, self.eot = self.hf.get_vocab_size(), ends[0] if eos is None else eos
-        self.ends = {self.eot, *ends}
-        self.bos = self.hf.token_to_id(words.get('bos_token', ''))
-        plain = self.hf.encode('a', add_special_tokens=False).ids
-        opened = self.hf.encode('a').ids
+        plain, opened = (self.hf.encode('a', add_special_tokens=x).ids for x in (False, True))
         self.begin = opened[:opened.index(plain[0])]    # what it puts before any text
         added = self.hf.get_added_tokens_decoder().items()
         self.special = {t.content: i for i, t in added if t.special}
         longest_first = sorted(self.special, key=len, reverse=True)
         self.special_words = re.compile('|'.join(map(re.escape, longest_first)) or '(?!)')
-        jinja = os.path.join(name, 'chat_template.jinja')
-        source = config.get('chat_template')
-        if os.path.exists(jinja):
-            with open(jinja, encoding='utf-8') as f:
-                source = f.read()
-        if source:
-            self.template = compile_template(source, name, words)
+        if self.has_template:
             chat = [dict(role='user', content='a'), dict(role='assistant', content='b')]
             closing = self.encode_rendered(self.render(chat).rpartition('b')[2]).tolist()
             # sampling also stops at the first special token after an assistant's turn
@@ -103,14 +90,14 @@ class Tokenizer:
             return found[0][0] + MARK + found[0][1:]
         marked = [m | dict(content=self.special_words.sub(mark, m['content'])) for m in messages]
         try:
-            return self.template.render(messages=marked, add_generation_prompt=opening,
-                                        tools=None, documents=None)
+            return self.theirs.apply_chat_template(
+                marked, tokenize=False, add_generation_prompt=opening)
         except Exception as e:           # the template's raise_exception, or a mistake in it
             raise InputError(f'the chat template of {self.name} fails ({first_line(e)})')
 
     def encode_turns(self, messages):
         """Messages -> ids, up to where the assistant's answer begins."""
-        if self.template is not None:
+        if self.has_template:
             return self.encode_rendered(self.render(messages, opening=True))
         ids = self.encode(plain_chat(messages) + ASSISTANT)
         return np.append(self.begin, ids).astype(np.uint32)
@@ -128,28 +115,6 @@ def plain_chat(messages):
     """The template of models without one, as in Anthropic's HH."""
     names = dict(user='Human', assistant='Assistant', system='System')
     return ''.join(f'\n\n{names[m["role"]]}: {m["content"]}' for m in messages)
-
-
-def compile_template(source, name, words):
-    """A Jinja chat template, in the sandbox that transformers runs it in."""
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-    if isinstance(source, list):         # several, by name
-        source = next((t['template'] for t in source if t['name'] == 'default'), '')
-    # {% generation %} marks the answers, for training; it writes nothing
-    source = re.sub(r'({%-?\s*)generation(\s*-?%})', r'\1if true\2', source)
-    source = re.sub(r'({%-?\s*)endgeneration(\s*-?%})', r'\1endif\2', source)
-    sandbox = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols'])
-
-    def raise_exception(message):
-        raise TemplateError(message)
-    sandbox.globals |= dict(words, raise_exception=raise_exception,
-                            strftime_now=lambda layout: datetime.now().strftime(layout))
-    try:
-        return sandbox.from_string(source)
-    except TemplateError as e:
-        raise InputError(f'{name}: the chat template does not parse ({first_line(e)})')
 
 
 @functools.cache

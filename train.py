@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import dpo
 import simpo
-from configurator import InputError, atomic_write, check_least, configure, run
+from configurator import InputError, atomic_write, check_choice, check_least, configure, run
 from model import GPT, block_mask, pack
 from prepare import NUMBERS, Data, Pairs, prepare, show, source_texts
 from sample import find_device, generate
@@ -67,14 +67,10 @@ class Config(Data):
     warmup_iters: int = 0
     max_iters: int = 0                  # steps; 0: as many as `epochs` takes
     epochs: float = 1.0
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.999
     grad_clip: float = 1.0              # norm of the gradient; 0: not clipped
     seed: int = 1337
     # evaluation and logging
     eval_interval: int = 100            # steps between evaluations, each followed by a checkpoint
-    eval_pairs: int = 0                 # validation pairs; 0: all
     eval_samples: int = 0               # responses sampled at an evaluation, into samples.jsonl
     log_interval: int = 10
     at_end: Callable | None = None      # called with (model, cfg) when the run is done
@@ -134,13 +130,10 @@ def load_config(argv, cls=Config):
     """[CONFIG] [--name=value ...] -> a Config whose values are in range. Raises InputError."""
     cfg = configure(cls, argv, loss_options)
     check_least(cfg, batch_size=1, eval_interval=1, log_interval=1, epochs=0, max_iters=0,
-                warmup_iters=0, learning_rate=0, weight_decay=0, grad_clip=0, eval_pairs=0,
-                eval_samples=0, tokens_per_batch=0, seed=0)
-    for name, choices in dict(
-            schedule=('cosine', 'linear', 'constant'), reference=('cached', 'live'),
-            dtype=('', 'float32', 'bfloat16')).items():
-        if getattr(cfg, name) not in choices:
-            raise InputError(f'{name}: {getattr(cfg, name)!r} is not one of {choices}')
+                warmup_iters=0, learning_rate=0, grad_clip=0, eval_samples=0, tokens_per_batch=0,
+                seed=0)
+    check_choice(cfg, schedule=('cosine', 'linear', 'constant'), reference=('cached', 'live'),
+                 dtype=('', 'float32', 'bfloat16'))
     if cfg.options.get('beta', 1) <= 0:
         raise InputError(f'beta: {cfg.options["beta"]} is not above 0')
     if (cfg.reference_from or cfg.reference == 'live') and not asks_for(cfg, 'reference'):
@@ -213,6 +206,17 @@ def say(text):
         tqdm.write(text)
 
 
+def barrier():
+    if WORLD > 1:
+        dist.barrier()
+
+
+def all_reduce(*tensors):
+    """Sum each over all processes, in place."""
+    for t in tensors if WORLD > 1 else ():
+        dist.all_reduce(t)
+
+
 def name_tokenizer(cfg):
     """Fill in cfg.tokenizer: the model's own; gpt2 for a random model."""
     if not cfg.tokenizer:
@@ -229,16 +233,13 @@ def load_run(cfg):
         model = cfg.model_class(make_config(vocab | cfg.init_from, 'init_from'))
     else:
         model = load(cfg.init_from, cfg.model_class)
-    if WORLD > 1 and RANK > 0:
-        dist.barrier()                                     # the first process prepares
+    if RANK > 0:
+        barrier()                                          # the first process prepares
     pairs, tokenizer = Pairs(prepare(cfg)), get_tokenizer(cfg.tokenizer)
-    if WORLD > 1 and RANK == 0:
-        dist.barrier()
+    if RANK == 0:
+        barrier()
     check_fit(cfg, model, tokenizer, pairs)
     cfg.max_iters = cfg.max_iters or math.ceil(cfg.epochs * len(pairs.train) / cfg.batch_size)
-    if 0 < cfg.eval_pairs < len(pairs.val):
-        order = np.random.default_rng(cfg.seed).permutation(pairs.val)
-        pairs.val = np.sort(order[:cfg.eval_pairs])
     size = sum(p.numel() for p in model.parameters())
     say(f'{size:,} parameters; {len(pairs.train):,} pairs to train on, {len(pairs.val):,} to '
         f'validate; {cfg.max_iters} steps of {cfg.batch_size} pairs on '
@@ -340,14 +341,11 @@ def cached_logps(model, fingerprint, pairs, rows, cfg):
 
     if RANK == 0 and not os.path.exists(path):
         with atomic_write(path, 'wb') as f:    # preallocate: no SIGBUS at an mmap write later
-            for n in lengths:
-                f.write(np.full(n, np.nan, np.float32))
-    if WORLD > 1:
-        dist.barrier()
+            f.write(np.full(lengths.sum(), np.nan, np.float32))
+    barrier()
     table = np.memmap(path, np.float32, mode='r+')
     missing = rows[np.isnan(table[start[rows] + lengths[rows] - 1])]    # by a pair's last token
-    if WORLD > 1:
-        dist.barrier()                                     # all have looked before one writes
+    barrier()                                              # all have looked before one writes
     mine, logps = missing[RANK::WORLD], no_grad_logps(model, cfg)
     with progress('reference', len(mine)) as bar:
         for i in range(0, len(mine), 256):                 # enough pairs to fill batches well
@@ -355,8 +353,7 @@ def cached_logps(model, fingerprint, pairs, rows, cfg):
                 table[places(members, pairs.K)] = logps(members, batch).cpu().numpy()
                 bar.update(len(members))
             table.flush()
-    if WORLD > 1:
-        dist.barrier()
+    barrier()
 
     def lookup(rows, batch):
         return torch.from_numpy(table[places(rows, batch.lengths.size(1))]).to(cfg.device)
@@ -364,23 +361,23 @@ def cached_logps(model, fingerprint, pairs, rows, cfg):
 
 
 def make_reference(model, pairs, rows, cfg):
-    """Compile the policy and make its reference -> (f(rows, batch), or None without a reference;
-    the frozen model if it stays in memory; a hash of its weights)"""
-    if not asks_for(cfg, 'reference'):
-        compile_model(model, cfg)
-        return None, None, ''
-    frozen = model
-    if cfg.reference_from:
-        frozen = load(cfg.reference_from, cfg.model_class).to(cfg.device)
-    fingerprint = fingerprint_of(frozen)
-    if cfg.reference == 'live' and frozen is model:
-        frozen = copy.deepcopy(model)    # before compiling: a copy would run the original's code
+    """Compile the policy and make its reference -> (f(rows, batch), a hash of its weights); without
+    a reference (None, '')."""
+    frozen, fingerprint = model, ''
+    if asks_for(cfg, 'reference'):
+        if cfg.reference_from:
+            frozen = load(cfg.reference_from, cfg.model_class).to(cfg.device)
+        elif cfg.reference == 'live':
+            frozen = copy.deepcopy(model)    # before compiling: a copy would run the original's code
+        fingerprint = fingerprint_of(frozen)
     compile_model(model, cfg)
+    if not fingerprint:
+        return None, ''
     if frozen is not model:
         compile_model(frozen.requires_grad_(False), cfg)
     if cfg.reference == 'live':
-        return no_grad_logps(frozen, cfg), frozen, fingerprint
-    return cached_logps(frozen, fingerprint, pairs, rows, cfg), None, fingerprint
+        return no_grad_logps(frozen, cfg), fingerprint
+    return cached_logps(frozen, fingerprint, pairs, rows, cfg), fingerprint
 
 
 def compile_model(model, cfg):
@@ -448,8 +445,7 @@ def evaluate(policy, reference, pairs, rows, cfg, path=None):
                 if reference is not None:
                     sums[1, at] = batch.sum_by_response(reference(members, batch))
                 bar.update(len(members))
-    if WORLD > 1:
-        dist.all_reduce(sums)
+    all_reduce(sums)
     logps, reference_logps = sums.cpu()
     lengths = torch.from_numpy(pairs.table['responses'][rows].astype(np.int64))
     losses, *rewards = apply_loss(cfg, logps, reference_logps, lengths, numbers_of(pairs, rows))
@@ -471,8 +467,7 @@ def evaluate(policy, reference, pairs, rows, cfg, path=None):
     return {f'eval/{name}': mean for name, mean in means.items()}
 
 
-@torch.no_grad()
-def sample_validation(model, frozen, pairs, tokenizer, cfg):
+def sample_validation(model, policy, reference, pairs, tokenizer, cfg):
     """Responses to cfg.eval_samples validation prompts, into samples.jsonl -> their mean length;
     with a live reference also KL(pi||pi_ref), the mean of log pi/pi_ref over them, in nats."""
     prompts = [pairs[i][0].tolist() for i in pairs.val[:cfg.eval_samples]]
@@ -483,9 +478,9 @@ def sample_validation(model, frozen, pairs, tokenizer, cfg):
             texts = dict(prompt=tokenizer.decode(p), response=tokenizer.decode(r))
             f.write(json.dumps(texts) + '\n')
     metrics = {'eval/length': float(np.mean([len(r) for r in responses]))}
-    if frozen is not None:
+    if reference is not None and cfg.reference == 'live':
         batch = pack([(p, [r]) for p, r in zip(prompts, responses)]).to(cfg.device)
-        log_ratios = batch.sum_by_response(model.token_logps(batch) - frozen.token_logps(batch))
+        log_ratios = batch.sum_by_response(policy(None, batch) - reference(None, batch))
         metrics['eval/kl'] = float(log_ratios.mean())
     return metrics
 
@@ -544,12 +539,8 @@ def check_resume(checkpoint, path, cfg, state):
     """Raise InputError where the checkpoint is of another run than cfg's."""
     if 'optimizer' not in checkpoint:
         raise InputError(f'{path}: weights only; a run cannot resume from it')
-    loss, old_loss = ({name: settings.get(name) for name in ('loss', *cfg.options)}
-                      for settings in (plain_settings(cfg), checkpoint['config']))
-    for name, before, now in (('loss, or other options of it', old_loss, loss),
-                              ('dataset', checkpoint['data'], state['data']),
-                              ('init_from', checkpoint['reference'], state['reference'])):
-        if before != now:
+    for name, now in state['made_of'].items():
+        if checkpoint['made_of'].get(name) != now:
             raise InputError(f'{path} was trained with another {name}')
     if cfg.max_iters < checkpoint['step']:
         raise InputError(f'max_iters: {cfg.max_iters}; {path} has done {checkpoint["step"]} steps')
@@ -581,15 +572,6 @@ def learning_rate(step, cfg):
     done = (step - cfg.warmup_iters) / max(1, cfg.max_iters - cfg.warmup_iters)
     cosine = 0.5 * (1 + math.cos(math.pi * done))
     return cfg.learning_rate * dict(cosine=cosine, linear=1 - done, constant=1.0)[cfg.schedule]
-
-
-def make_optimizer(model, cfg):
-    """AdamW; weight decay for matrices only."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [dict(params=matrices, weight_decay=cfg.weight_decay),
-              dict(params=vectors, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
 
 
 @contextlib.contextmanager
@@ -638,15 +620,17 @@ def train(cfg):
     model, tokenizer, pairs = load_run(cfg)
     order = training_order(pairs.train, cfg) if not cfg.eval_only else pairs.val
     fingerprint = fingerprint_of(model)
-    reference, frozen, reference_hash = make_reference(
-        model, pairs, np.union1d(pairs.val, order), cfg)
+    reference, reference_hash = make_reference(model, pairs, np.union1d(pairs.val, order), cfg)
     policy = no_grad_logps(model, cfg)
     if cfg.eval_only:
         return evaluate_only(cfg, model, policy, reference, pairs, ckpt)
 
-    optimizer = make_optimizer(model, cfg)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     state = dict(step=0, best=math.inf, evaluated=-1, first={}, metrics={}, log_bytes=0,
-                 data=pairs.meta['hash'], prepared=pairs.folder, reference=reference_hash)
+                 prepared=pairs.folder, made_of=dict(
+                     loss=plain_settings(cfg)['loss'], **cfg.options, dataset=pairs.meta['hash'],
+                     reference=reference_hash))
     if cfg.resume:
         checkpoint = restore(model, ckpt)
         check_resume(checkpoint, ckpt, cfg, state)
@@ -677,15 +661,15 @@ def train(cfg):
 
             # evaluate and save
             halt = torch.tensor(len(stop), device=cfg.device)
-            if WORLD > 1:
-                dist.all_reduce(halt)                      # all processes stop at the same step
+            all_reduce(halt)                               # all processes stop at the same step
             done, halt = step == cfg.max_iters, bool(halt)
             due = done or step % cfg.eval_interval == 0
             if due and len(pairs.val) and step != state['evaluated']:
                 path = eval_file if done else None
                 metrics = evaluate(policy, reference, pairs, pairs.val, cfg, path)
                 if cfg.eval_samples:
-                    metrics |= sample_validation(model, frozen, pairs, tokenizer, cfg)
+                    metrics |= sample_validation(
+                        model, policy, reference, pairs, tokenizer, cfg)
                 write_log(step=step, **metrics)
                 say(f'step {step}: ' + ', '.join(
                     f'{name.removeprefix("eval/")} {value:.4f}' for name, value in metrics.items()))
@@ -718,9 +702,7 @@ def train(cfg):
                 sums += metric_sums(losses, *rewards, logps)
                 losses_of.append((rows, losses.detach()))
                 tokens_since += batch.starts[-1] * WORLD
-            if WORLD > 1:
-                for t in (sums, *(p.grad for p in model.parameters() if p.grad is not None)):
-                    dist.all_reduce(t)
+            all_reduce(sums, *(p.grad for p in model.parameters() if p.grad is not None))
             limit = cfg.grad_clip or math.inf
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
             waiting = load_step(step + 1)                  # packed on the CPU while a GPU works

@@ -1,56 +1,49 @@
 """
-Models in and out: the hub, folders of transformers, a run's checkpoint.
+Models in and out: a run's checkpoint, or a model of transformers.
 
-    model = load('gpt2')                       # hub, or a local folder with config.json
+    model = load('gpt2')                       # a name on the hub, or a folder of transformers
     model = load('out/dpo_demo')               # a run: its ckpt.pt; out/dpo_demo/best.pt works, too
     python weights.py out/dpo_gpt2 my-model    # any of these -> a folder that transformers loads
 
-Families: gpt2, llama (SmolLM, too), mistral, qwen2, qwen3. Never executes code from model files.
-Left out: quantised weights, adapters, sliding windows, rope scaling other than Llama 3's.
+Families: gpt2, llama (SmolLM, too), mistral, qwen2, qwen3. transformers reads their files, and never
+runs code from them. Left out: quantised weights, adapters, sliding windows, rope scaling other than
+Llama 3's.
 """
 import contextlib
-import glob
-import json
 import os
 import shutil
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from configurator import InputError, atomic_write, first_line, read_json, run
 from model import GPT, GPTConfig
-from tokenizer import get_tokenizer
+from tokenizer import TOKENIZER_FILES, get_tokenizer
 
-TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja',
-                   'generation_config.json', 'special_tokens_map.json', 'vocab.json', 'merges.txt')
-
-# What transformers calls our modules, without 'transformer.' or 'model.' in front. Several names:
-# our matrix is theirs stacked. GPT-2's Conv1D keeps a matrix as (in, out), nn.Linear as (out, in).
+# What transformers calls our modules. Several names: our matrix is theirs stacked. GPT-2's Conv1D
+# keeps a matrix as (in, out), nn.Linear as (out, in).
 GPT2_NAMES = dict(
-    wte='wte', wpe='wpe', ln_f='ln_f', block='h.{}.', ln_1='ln_1', qkv='attn.c_attn',
-    attn_out='attn.c_proj', ln_2='ln_2', up='mlp.c_fc', down='mlp.c_proj')
+    wte='transformer.wte', wpe='transformer.wpe', ln_f='transformer.ln_f', lm_head='lm_head',
+    block='transformer.h.{}.', ln_1='ln_1', qkv='attn.c_attn', attn_out='attn.c_proj', ln_2='ln_2',
+    up='mlp.c_fc', down='mlp.c_proj')
 LLAMA_NAMES = dict(
-    wte='embed_tokens', ln_f='norm', lm_head='lm_head', block='layers.{}.', ln_1='input_layernorm',
-    qkv='self_attn.q_proj self_attn.k_proj self_attn.v_proj', q_norm='self_attn.q_norm',
-    k_norm='self_attn.k_norm', attn_out='self_attn.o_proj', ln_2='post_attention_layernorm',
-    up='mlp.gate_proj mlp.up_proj', down='mlp.down_proj')
-FAMILIES = {   # model_type -> (its class in transformers, the fields of GPTConfig that are its own)
-    'gpt2': ('GPT2LMHeadModel', dict()),
-    'llama': ('LlamaForCausalLM', dict(bias='none')),
-    'mistral': ('MistralForCausalLM', dict(bias='none')),
-    'qwen2': ('Qwen2ForCausalLM', dict(bias='qkv')),
-    'qwen3': ('Qwen3ForCausalLM', dict(bias='none', qk_norm=True)),
-}
-# our field -> key in config.json
-GPT2_KEYS = dict(block_size='n_positions', vocab_size='vocab_size', n_layer='n_layer',
-                 n_head='n_head', n_embd='n_embd', n_inner='n_inner', norm_eps='layer_norm_epsilon')
-LLAMA_KEYS = dict(block_size='max_position_embeddings', vocab_size='vocab_size',
-                  n_layer='num_hidden_layers', n_head='num_attention_heads', n_embd='hidden_size',
-                  n_kv_head='num_key_value_heads', head_dim='head_dim', n_inner='intermediate_size',
-                  norm_eps='rms_norm_eps', tied='tie_word_embeddings')
+    wte='model.embed_tokens', ln_f='model.norm', lm_head='lm_head', block='model.layers.{}.',
+    ln_1='input_layernorm', qkv='self_attn.q_proj self_attn.k_proj self_attn.v_proj',
+    q_norm='self_attn.q_norm', k_norm='self_attn.k_norm', attn_out='self_attn.o_proj',
+    ln_2='post_attention_layernorm', up='mlp.gate_proj mlp.up_proj', down='mlp.down_proj')
+# our field of GPTConfig -> theirs
+KEYS = dict(block_size='max_position_embeddings', vocab_size='vocab_size', tied='tie_word_embeddings',
+            n_layer='num_hidden_layers', n_head='num_attention_heads', n_embd='hidden_size')
+GPT2_KEYS = KEYS | dict(n_inner='n_inner', norm_eps='layer_norm_epsilon')
+LLAMA_KEYS = KEYS | dict(n_kv_head='num_key_value_heads', head_dim='head_dim',
+                         n_inner='intermediate_size', norm_eps='rms_norm_eps')
 ROPE_KEYS = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
-OPTIONAL = ('n_inner', 'n_kv_head', 'head_dim', 'norm_eps', 'tied')    # config.json may lack these
+LLAMA = dict(norm='rms', gated=True, bias='none')
+FAMILIES = dict(gpt2={}, llama=LLAMA, mistral=LLAMA, qwen2=LLAMA | dict(bias='qkv'),
+                qwen3=LLAMA | dict(qk_norm=True))
+# what a configuration may not say otherwise
+ONLY = dict(activation_function='gelu_new', scale_attn_weights=True, add_cross_attention=False,
+            scale_attn_by_inverse_layer_idx=False, hidden_act='silu', attention_bias=False,
+            mlp_bias=False, sliding_window=None)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -58,74 +51,74 @@ OPTIONAL = ('n_inner', 'n_kv_head', 'head_dim', 'norm_eps', 'tied')    # config.
 
 
 def find(name):
-    """A model's name -> a path: a checkpoint file, a run's ckpt.pt, or a folder with
-    config.json."""
-    if os.path.isfile(name):
+    """A model's name -> a path: a checkpoint file, a run's ckpt.pt, or a folder of transformers."""
+    checkpoint = os.path.join(name, 'ckpt.pt')
+    if os.path.exists(checkpoint):
+        return checkpoint
+    if os.path.exists(name):
         return name
-    for file, path in (('ckpt.pt', os.path.join(name, 'ckpt.pt')), ('config.json', name)):
-        if os.path.exists(os.path.join(name, file)):
-            return path
-    if os.path.isdir(name) or name.count('/') > 1 or name.startswith(('.', '/', '~')):
-        raise InputError(f'{name}: no model there (neither config.json nor ckpt.pt)')
-    from huggingface_hub import snapshot_download               # slow to load
+    from huggingface_hub import snapshot_download          # slow to load
     try:
         wanted = ['config.json', '*.safetensors', *TOKENIZER_FILES]
-        folder = snapshot_download(name, allow_patterns=wanted)
-        if not any(file.endswith('.safetensors') for file in os.listdir(folder)):
-            folder = snapshot_download(name, allow_patterns=[*wanted, 'pytorch_model*'])
-        return folder
+        return snapshot_download(name, allow_patterns=wanted)
     except Exception as e:    # no network, no such name, no permission: they share no class
         raise InputError(f'{name}: no such file or folder, and not from the hub ({first_line(e)})')
 
 
 def load(name, model_class=GPT):
-    """A GPT, float32, on the CPU, from a hub name, a folder with config.json, a run's folder or a
+    """A GPT, float32, on the CPU, from a hub name, a folder of transformers, a run's folder or a
     checkpoint file. A parameter that only `model_class` has keeps its initial value where the
     file lacks it. Raises InputError where a model is missing, damaged or not one we compute."""
     path = find(name)
     if os.path.isdir(path):
-        config = read_config(path)
-        state = from_transformers(read_tensors(path), config, path)
+        config, state = from_transformers(path)
     else:
         checkpoint = load_checkpoint(path)
         config, state = make_config(checkpoint['model_config'], path), checkpoint['model']
     # on 'meta' a model takes no memory, and no time to initialise
     with torch.device('meta') if model_class is GPT else contextlib.nullcontext():
         model = model_class(config)
-    try:
-        missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
-    except RuntimeError as e:                                  # names the tensor and its shapes
-        raise InputError(f'{path}: {first_line(e)}')
-    if unexpected:
-        raise InputError(f'{path}: unexpected tensor {unexpected[0]}')
-    with torch.device('meta'):
-        needed = set(GPT(config).state_dict()) & set(missing)
-    if needed:
-        raise InputError(f'{path}: no tensor {min(needed)}')
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    wrong = unexpected + missing * (model_class is GPT)
+    if wrong:
+        raise InputError(f'{path}: not the tensors of a {model_class.__name__}: {wrong[0]}')
     return model
 
 
-def from_transformers(tensors, config, path):
-    """Tensors by transformers' names -> by ours, float32."""
+def load_checkpoint(path):
+    """What train.py saved: model, model_config, config, step, ... Raises InputError where
+    damaged."""
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        assert checkpoint.keys() >= {'model', 'model_config', 'config'}, 'not of train.py'
+        return checkpoint
+    except Exception as e:    # torch has many errors for bytes that are no checkpoint
+        raise InputError(f'{path}: not a whole checkpoint ({first_line(e)})')
+
+
+def from_transformers(folder):
+    """A folder -> (GPTConfig, the state_dict of GPT, float32)."""
+    import transformers                  # slow to load
+    transformers.logging.set_verbosity_error()             # what it warns of, we refuse
+    try:
+        config = config_of(transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        theirs, problems = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
+    except Exception as e:    # InputError; or a damaged file, for which each format has its own
+        raise InputError(f'{folder}: {e if isinstance(e, InputError) else first_line(e)}')
+    for problem, tensors in problems.items():
+        # old GPT-2 files hold a constant of the attention mask
+        if tensors := [str(name) for name in tensors if 'masked_bias' not in name]:
+            raise InputError(f'{folder}: {problem.replace("_", " ")}: {min(tensors)}')
+    tensors, state = theirs.state_dict(), {}
+    del theirs                           # a tensor is freed as soon as ours is made of it
     with torch.device('meta'):
         ours = list(GPT(config).state_dict())
-    state = {}
     for name in ours:
-        theirs, transposed = their_names(name, config)
-        for part in theirs:
-            if part not in tensors:
-                raise InputError(f'{path}: no tensor {part}')
-        parts = [tensors.pop(part).to(torch.float32) for part in theirs]
-        try:
-            state[name] = torch.cat([part.t() if transposed else part for part in parts])  # a copy
-        except RuntimeError:
-            raise InputError(f'{path}: tensors {", ".join(theirs)} do not fit together')
-    head = tensors.pop('lm_head.weight', None)
-    if head is not None and not torch.equal(head.float(), state['wte.weight']):
-        raise InputError(f'{path}: lm_head.weight differs from the embedding, which is tied to it')
-    if tensors:
-        raise InputError(f'{path}: unexpected tensor {min(tensors)}')
-    return state
+        names, transposed = their_names(name, config)
+        parts = [tensors.pop(part) for part in names]
+        state[name] = torch.cat([part.t() if transposed else part for part in parts])
+    return config, state
 
 
 def their_names(ours, config):
@@ -134,85 +127,37 @@ def their_names(ours, config):
     table = GPT2_NAMES if config.model_type == 'gpt2' else LLAMA_NAMES
     *block, part, kind = ours.split('.')
     prefix = table['block'].format(block[1]) if block else ''
-    names = [f'{prefix}{name}.{kind}' for name in table.get(part, part).split()]
+    names = [f'{prefix}{name}.{kind}' for name in table[part].split()]
     return names, table is GPT2_NAMES and part in ('qkv', 'attn_out', 'up', 'down')
 
 
-def read_config(folder):
-    path = os.path.join(folder, 'config.json')
-    return config_of(read_json(path), path)
+def config_of(theirs):
+    """A configuration of transformers -> GPTConfig. Raises InputError for what we don't compute."""
+    family = theirs.model_type
+    if family not in FAMILIES:
+        raise InputError(f'model_type is {family!r}; known are {", ".join(FAMILIES)}')
+    for key, value in ONLY.items():
+        if getattr(theirs, key, value) != value:
+            raise InputError(f'{key} is {getattr(theirs, key)!r}; only {value!r} is supported')
+    keys = GPT2_KEYS if family == 'gpt2' else LLAMA_KEYS
+    settings = {ours: getattr(theirs, key, None) for ours, key in keys.items()}
+    settings = {ours: value for ours, value in settings.items() if value is not None}
+    rope = getattr(theirs, 'rope_parameters', None)
+    if rope:
+        if rope['rope_type'] not in ('default', 'llama3'):
+            raise InputError(f'rope scaling {rope["rope_type"]!r}; supported are default and llama3')
+        settings['rope_theta'] = float(rope['rope_theta'])
+        if rope['rope_type'] == 'llama3':
+            settings['rope_scaling'] = tuple(rope[key] for key in ROPE_KEYS)
+    return GPTConfig(**settings, **FAMILIES[family], model_type=family)
 
 
-def config_of(theirs, path):
-    """config.json of transformers -> GPTConfig. Raises InputError for what we don't compute."""
-    family = theirs.get('model_type')
-    if family not in list(FAMILIES):
-        raise InputError(f'{path}: model_type is {family!r}; known are {", ".join(FAMILIES)}')
-    gpt2 = family == 'gpt2'
-    fixed = dict(activation_function='gelu_new', scale_attn_weights=True, tie_word_embeddings=True,
-                 scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
-    if not gpt2:
-        window = family == 'mistral' or theirs.get('use_sliding_window')
-        fixed = dict(hidden_act='silu', attention_bias=False, mlp_bias=False,
-                     **(dict(sliding_window=None) if window else {}))
-    for key, value in fixed.items():
-        if theirs.get(key, value) != value:
-            raise InputError(f'{path}: {key} is {theirs[key]!r}; only {value!r} is supported')
-    settings = {}
-    for ours, key in (GPT2_KEYS if gpt2 else LLAMA_KEYS).items():
-        if theirs.get(key) is None and ours not in OPTIONAL:
-            raise InputError(f'{path}: no {key!r}')
-        if theirs.get(key) is not None:
-            settings[ours] = theirs[key]
-    if not gpt2:
-        rope = theirs.get('rope_parameters') or theirs.get('rope_scaling') or {}
-        kind = rope.get('rope_type', rope.get('type', 'default'))
-        if kind not in ('default', 'llama3'):
-            raise InputError(f'{path}: rope scaling {kind!r}; supported are default and llama3')
-        settings = dict(norm='rms', norm_eps=1e-6, gated=True, tied=False) | settings | dict(
-            rope_theta=float(rope.get('rope_theta', theirs.get('rope_theta', 10000.0))),
-            rope_scaling=tuple(rope[key] for key in ROPE_KEYS) if kind == 'llama3' else ())
-    return make_config(dict(settings, **FAMILIES[family][1], model_type=family), path)
-
-
-def make_config(settings, path):
+def make_config(settings, where):
+    """Fields of GPTConfig, from a checkpoint or the user -> GPTConfig."""
     try:
         return GPTConfig(**settings)
     except (TypeError, AssertionError) as e:
-        raise InputError(f'{path}: {first_line(e)}')
-
-
-def read_tensors(folder):
-    """All tensors of a folder by name, without the model's prefix, from one file or shards."""
-    for pattern, read in (('model*.safetensors', load_file), ('pytorch_model*.bin', torch_load)):
-        tensors = {}
-        for path in sorted(glob.glob(os.path.join(glob.escape(folder), pattern))):
-            try:
-                tensors |= read(path)
-            except Exception as e:    # each format has its own errors for a file that is cut short
-                raise InputError(f'{path}: not a whole model file ({first_line(e)})')
-        if tensors:
-            buffers = ('.attn.bias', '.attn.masked_bias', '.rotary_emb.inv_freq')
-            return {name.removeprefix('transformer.').removeprefix('model.'): t
-                    for name, t in tensors.items() if not name.endswith(buffers)}
-    raise InputError(f'{folder}: no model.safetensors or pytorch_model.bin, whole or in shards')
-
-
-def torch_load(path):
-    return torch.load(path, map_location='cpu', weights_only=True)
-
-
-def load_checkpoint(path):
-    """What train.py saved: model, model_config, config, step, ... Raises InputError where
-    damaged."""
-    try:
-        checkpoint = torch_load(path)
-    except Exception as e:    # torch has many errors for bytes that are no checkpoint
-        raise InputError(f'{path}: not a whole checkpoint ({first_line(e)})')
-    needed = {'model', 'model_config', 'config'}
-    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= needed:
-        raise InputError(f'{path}: not a checkpoint of train.py')
-    return checkpoint
+        raise InputError(f'{where}: {first_line(e)}')
 
 
 def tokenizer_of(name):
@@ -223,7 +168,7 @@ def tokenizer_of(name):
         return folder
     if not os.path.isdir(path):
         return load_checkpoint(path)['config']['tokenizer']
-    if read_config(path).model_type == 'gpt2':
+    if read_json(os.path.join(folder, 'config.json')).get('model_type') == 'gpt2':
         return 'gpt2'
     raise InputError(f'{path}: no tokenizer.json; --tokenizer=... names another')
 
@@ -235,40 +180,31 @@ def tokenizer_of(name):
 def save(model, folder, tokenizer=None):
     """Write config.json and model.safetensors, float32, of the family the model came from. With a
     tokenizer, config.json has its end-of-text token, too."""
+    import transformers                  # slow to load
     c, tensors = model.config, {}
+    keys = GPT2_KEYS if c.model_type == 'gpt2' else LLAMA_KEYS
+    settings = {theirs: getattr(c, ours) for ours, theirs in keys.items()}
+    if c.model_type != 'gpt2':
+        settings['rope_parameters'] = dict(rope_theta=c.rope_theta, rope_type='default')
+        if c.rope_scaling:
+            settings['rope_parameters'] |= dict(zip(ROPE_KEYS, c.rope_scaling), rope_type='llama3')
+        settings['sliding_window'] = None
+    config = transformers.AutoConfig.for_model(
+        c.model_type, **settings, dtype=torch.float32,
+        bos_token_id=tokenizer and tokenizer.bos, eos_token_id=tokenizer and tokenizer.eot)
+    if config_of(config) != c:           # a random model of our own making
+        raise InputError(f'{folder}: transformers has no {c.model_type} with such settings: {c}')
     widths = [n * c.head_dim for n in (c.n_head, c.n_kv_head, c.n_kv_head)]
     for ours, p in model.state_dict().items():
         names, transposed = their_names(ours, c)
-        p = (p.t() if transposed else p).detach().to('cpu', torch.float32)
-        sizes = widths if 'qkv' in ours else c.n_inner
-        parts = p.split(sizes) if len(names) > 1 else [p]
-        prefix = 'transformer.' if c.model_type == 'gpt2' else 'model.'
-        for name, part in zip(names, parts):
-            name = name if name.startswith('lm_head') else prefix + name
-            tensors[name] = part.clone().contiguous()
-    keys = GPT2_KEYS if c.model_type == 'gpt2' else LLAMA_KEYS
-    config = dict(model_type=c.model_type, architectures=[FAMILIES[c.model_type][0]],
-                  torch_dtype='float32')
-    config |= {key: getattr(c, ours) for ours, key in keys.items()}
-    if c.model_type == 'gpt2':
-        config |= dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    else:
-        scaling = dict(zip(ROPE_KEYS, c.rope_scaling), rope_type='llama3')
-        config |= dict(rope_theta=c.rope_theta, rope_scaling=scaling if c.rope_scaling else None,
-                       sliding_window=None, hidden_act='silu')
-    config |= dict(bos_token_id=None, eos_token_id=None)
-    if tokenizer is not None:
-        config |= dict(bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eot)
-    if config_of(config, folder) != c:                     # a random model of our own making
-        raise InputError(f'{folder}: transformers has no {c.model_type} with such settings: {c}')
-    os.makedirs(folder, exist_ok=True)
-    with atomic_write(os.path.join(folder, 'model.safetensors'), 'wb') as f:
-        try:
-            save_file(tensors, f.name, metadata={'format': 'pt'})
-        except SafetensorError as e:     # a full disk
-            raise OSError(first_line(e))
-    with atomic_write(os.path.join(folder, 'config.json')) as f:
-        json.dump(config, f, indent=2)
+        p = (p.t() if transposed else p).detach().to('cpu', torch.float32).clone()
+        parts = p.split(widths if 'qkv' in ours else c.n_inner) if len(names) > 1 else [p]
+        tensors |= {name: part.contiguous() for name, part in zip(names, parts)}
+    with torch.device('meta'):
+        theirs = transformers.AutoModelForCausalLM.from_config(config)
+    theirs.load_state_dict(tensors, strict=False, assign=True)
+    theirs.tie_weights()
+    theirs.save_pretrained(folder)
 
 
 def copy_tokenizer(source, folder):
@@ -280,15 +216,12 @@ def copy_tokenizer(source, folder):
 
 def model_card(checkpoint):
     """A README.md for the model of a run: its base, data, settings and last metrics."""
-    config = checkpoint['config']
+    config, metrics = checkpoint['config'], checkpoint.get('metrics', {})
     lines = [f'# {os.path.basename(config["out_dir"])}', '',
-             f'{config["init_from"]}, trained with nanoPref: loss {config["loss"]}, data '
-             f'{config["dataset"]}, {checkpoint.get("step", 0)} steps.', '',
-             '| setting | value |', '|---|---|']
+             f'{config["init_from"]}, trained with nanoPref for {checkpoint.get("step", 0)} steps.',
+             '', '| setting or metric | value |', '|---|---|']
     lines += [f'| {name} | {value} |' for name, value in config.items() if value not in ('', None)]
-    if checkpoint.get('metrics'):
-        lines += ['', '| metric | value |', '|---|---|']
-        lines += [f'| {name} | {value:.4f} |' for name, value in checkpoint['metrics'].items()]
+    lines += [f'| {name} | {value:.4f} |' for name, value in metrics.items()]
     return '\n'.join(lines) + '\n'
 
 
@@ -298,8 +231,7 @@ def main(argv):
     name, folder = argv
     path, tokenizer = find(name), tokenizer_of(name)
     save(load(name), folder, get_tokenizer(tokenizer))
-    if os.path.isdir(tokenizer):
-        copy_tokenizer(tokenizer, folder)
+    copy_tokenizer(tokenizer, folder)
     if os.path.isfile(path):
         with atomic_write(os.path.join(folder, 'README.md')) as f:
             f.write(model_card(load_checkpoint(path)))

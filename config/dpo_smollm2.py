@@ -17,9 +17,8 @@ init_from = 'HuggingFaceTB/SmolLM2-360M-Instruct'
 dataset = 'HuggingFaceH4/ultrafeedback_binarized'
 max_length = 1024
 max_prompt_length = 512
-val_fraction = 0.02
 bad_records = 'skip'     # some responses there are blank
-eval_pairs = 512
+val_fraction = 0.01
 
 loss = 'dpo'
 beta = 0.5

@@ -25,6 +25,5 @@ epochs = 2
 batch_size = 64
 learning_rate = 1e-4
 warmup_iters = 3
-beta2 = 0.99
 
 eval_interval = 5

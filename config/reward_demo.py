@@ -24,7 +24,6 @@ batch_size = 32
 learning_rate = 3e-4
 warmup_iters = 10
 epochs = 2.0
-beta2 = 0.99
 
 eval_interval = 60
 compile = False

@@ -33,7 +33,6 @@ batch_size = 32
 learning_rate = 1e-4
 warmup_iters = 10
 epochs = 1.0
-beta2 = 0.99
 
 eval_interval = 60
 compile = False

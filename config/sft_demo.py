@@ -23,7 +23,6 @@ batch_size = 32
 learning_rate = 5e-3
 warmup_iters = 20
 max_iters = 800
-beta2 = 0.99
 grad_clip = 0.0
 
 eval_interval = 400

@@ -12,8 +12,7 @@ init_from = 'gpt2'
 dataset = 'Anthropic/hh-rlhf'
 max_length = 512
 max_prompt_length = 256
-val_fraction = 0.02
-eval_pairs = 512
+val_fraction = 0.01
 
 loss = 'sft'
 

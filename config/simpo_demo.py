@@ -27,7 +27,6 @@ batch_size = 32
 learning_rate = 1e-5    # only a small rate keeps SimPO near its start: at 1e-4 its words fall apart
 warmup_iters = 10
 epochs = 1.0
-beta2 = 0.99
 
 eval_interval = 60
 compile = False

@@ -15,9 +15,8 @@ init_from = 'gpt2'
 dataset = 'HuggingFaceH4/ultrafeedback_binarized'
 max_length = 1024
 max_prompt_length = 512
-val_fraction = 0.02
 bad_records = 'skip'     # some responses there are blank
-eval_pairs = 512
+val_fraction = 0.01
 
 loss = 'simpo'
 beta = 2.0

@@ -63,8 +63,8 @@ class PPOConfig(train.Config):
 def load_config(argv):
     cfg = train.load_config(argv, PPOConfig)
     unused = ('loss dataset split convert reference reference_from model_class eval_only '
-              'eval_pairs eval_samples log_interval tokens_per_batch max_length max_prompt_length '
-              'val_fraction truncation bad_records label_from_scores show compile')
+              'eval_samples log_interval tokens_per_batch max_length max_prompt_length '
+              'val_fraction bad_records show compile')
     for name in unused.split():
         if getattr(cfg, name) != getattr(PPOConfig, name):
             raise InputError(f'{name}: PPO does not use it')

@@ -110,15 +110,13 @@ def test_template_chat_makes_a_prompt_string_a_user_turn():
     assert read_record(dict(chosen=HI + ' a', rejected=HI + ' b'), 'chat')[0] == HI
 
 
-@pytest.mark.parametrize('record, label_from_scores, numbers', [
-    (GOOD, False, dict(p=1, margin=0)),
-    (GOOD | dict(p='0.25', margin=-2), False, dict(p=0.25, margin=-2)),    # CSV: text
-    (dict(prompt='Q', output_1='A', output_2='B', preference=1.75), False, dict(p=0.75, margin=0)),
-    (GOOD | dict(score_chosen='1', score_rejected=0), True, dict(p=0.7310586, margin=0)),
-    (GOOD | dict(chosen_score=-5000, rejected_score=5000), True, dict(p=0, margin=0)),
+@pytest.mark.parametrize('record, numbers', [
+    (GOOD, dict(p=1, margin=0)),
+    (GOOD | dict(p='0.25', margin=-2), dict(p=0.25, margin=-2)),           # CSV: text
+    (dict(prompt='Q', output_1='A', output_2='B', preference=1.75), dict(p=0.75, margin=0)),
 ])
-def test_numbers_of_a_record(record, label_from_scores, numbers):
-    assert read_record(record, '', label_from_scores)[2] == pytest.approx(numbers)
+def test_numbers_of_a_record(record, numbers):
+    assert read_record(record)[2] == pytest.approx(numbers)
 
 
 @pytest.mark.parametrize('record, words', [
@@ -139,7 +137,7 @@ def test_numbers_of_a_record(record, label_from_scores, numbers):
     (dict(chosen=[USER, YES], rejected=[USER, NO, USER]), 'a chat must begin and end'),
     (dict(chosen=[USER, YES], rejected=[USER, says('assistant', ' ')]), 'that is not blank'),
     (dict(chosen=[YES], rejected=[NO]), "'prompt' is of type NoneType"),
-    (GOOD | dict(p=1.5), "'p' is 1.5, not a number from 0 to 1"),
+    (GOOD | dict(p=1.5), "'p' is 1.5, not a probability"),
     (GOOD | dict(margin=float('nan')), "'margin' is nan, not a number"),
 ])
 def test_bad_record_is_named_or_skipped_and_counted(record, words, write, settings, capsys):
@@ -179,16 +177,14 @@ def test_every_format_says_the_same(file, content, write, settings):
     ('a.parquet', [dict(a='x', b='y')], "a.parquet record 1: no shape fits the keys 'a', 'b'"),
     ('a.csv', b'prompt,chosen,rejected\nQ,A,B\n"R\nS",,D\n', 'a.csv line 4: no shape fits'),
 ])
-def test_bad_file(file, content, words, write, settings, monkeypatch):
-    monkeypatch.setattr(prepare, 'CHUNK', 100)             # the longer files go through workers
+def test_bad_file(file, content, words, write, settings):
     refused(settings(write(file, content)), words)
 
 
 @pytest.mark.parametrize('changed, words', [
     (dict(dataset='none.jsonl'), 'none.jsonl: no such file'),
     (dict(dataset='pairs'), 'pairs: neither a .jsonl'),
-    (dict(label_from_scores=True), "line 1: 'chosen_score' is None, not a number"),
-    (dict(truncation='cutt'), "truncation: 'cutt' is not one of"),
+    (dict(bad_records='skpi'), "bad_records: 'skpi' is not one of"),
     (dict(val_fraction=1.5), 'val_fraction: 1.5 is not between 0 and 1'),
     (dict(max_length=1000), 'max_prompt_length: 1000 leaves no room'),
 ])
@@ -234,17 +230,14 @@ def test_convert_makes_records_leaves_them_out_or_is_named(write, settings, caps
 # Tokens and their files
 
 
-@pytest.mark.parametrize('max_length, max_prompt_length, truncation, prompt, responses', [
-    (13, 6, 'cut', 'prompt', ['chosen' + END, 'chose' + END]),     # all of it fits, just
-    (12, 6, 'cut', 'prompt', ['chosen', 'chose' + END]),           # END goes first
-    (11, 6, 'cut', 'prompt', None),                                # cut, they are the same
-    (10, 4, 'cut', 'ompt', ['chosen', 'chose' + END]),
-    (11, 4, 'drop', 'ompt', ['chosen' + END, 'chose' + END]),
-    (12, 6, 'drop', 'prompt', None),
+@pytest.mark.parametrize('max_length, max_prompt_length, prompt, responses', [
+    (13, 6, 'prompt', ['chosen' + END, 'chose' + END]),    # all of it fits, just
+    (12, 6, 'prompt', ['chosen', 'chose' + END]),          # END goes first
+    (11, 6, 'prompt', None),                               # cut, they are the same
+    (10, 4, 'ompt', ['chosen', 'chose' + END]),
 ])
-def test_truncation(max_length, max_prompt_length, truncation, prompt, responses, settings):
-    cfg = settings('', truncation=truncation, max_length=max_length,
-                   max_prompt_length=max_prompt_length)
+def test_truncation(max_length, max_prompt_length, prompt, responses, settings):
+    cfg = settings('', max_length=max_length, max_prompt_length=max_prompt_length)
     ids, cut, _ = tokenize('prompt', ['chosen', 'chose'], BYTE, cfg)
     assert BYTE.decode(ids) == prompt and (cut and [BYTE.decode(r) for r in cut]) == responses
 
@@ -303,27 +296,20 @@ def test_report(write, settings, capsys):
     prepare.prepare(settings(write('a.jsonl', records), max_length=80, max_prompt_length=40))
     assert capsys.readouterr().out.partition('\n')[2] == """\
         5 records read
-        4 kept: 4 to train on, 0 to validate
         1 dropped: responses are identical
-        1 pairs with a response that lost its end
         1 prompts that lost their start
-   tokens       0%    50%    90%    99%   100%
-   prompt        2      3     40     40     40
-   chosen        9     10     40     40     40
- rejected        2      7      8      8      8
+        1 pairs with a response that lost its end
+        4 pairs to train on
+        0 pairs to validate
+       40 tokens, longest prompt
+       40 tokens, longest response
 """
 
 
-def test_parallel_and_one_process_write_the_same_bytes(monkeypatch, write, settings, tmp_path):
+def test_workers_keep_the_order(write, settings):
     records = [dict(prompt='q' * (1 + i * 7 % 90), chosen='a' * (1 + i * 11 % 90), rejected='b')
-               for i in range(300)]
-    path, written = write('a.jsonl', records), []
-    for chunk in (2**20, 5000, 100):
-        monkeypatch.setattr(prepare, 'CHUNK', chunk)
-        folder = prepare.prepare(settings(path, data_dir=str(tmp_path / f'{chunk}'), max_length=120,
-                                          max_prompt_length=60, val_fraction=0.3))
-        written.append({file.name: file.read_bytes() for file in Path(folder).iterdir()})
-    assert len(written[0]) == 3 and written[0] == written[1] == written[2]
+               for i in range(1000)]
+    assert read_back(prepare.prepare(settings(write('a.jsonl', records)))) == as_written(records)
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def spaces_as_text(special=(), prepend='first'):
 IM = ['<|endoftext|>', '<|im_start|>', '<|im_end|>']
 HEADERS = ['<|begin_of_text|>', '<|start_header_id|>', '<|end_header_id|>', '<|eot_id|>']
 CLOSED, OPENED = '$A <|endoftext|>', '<|begin_of_text|> $A'
-EOS = dict(eos_token=dict(content='<|im_end|>', special=True))
+EOS = dict(eos_token=dict(content='<|im_end|>', special=True, __type='AddedToken'))
 HEADER = dict(bos_token='<|begin_of_text|>', eos_token='<|eot_id|>')
 SENTENCEPIECE = dict(bos_token='<s>', eos_token='</s>', unk_token='<unk>')
 FAMILIES = {   # name -> (tokenizer, chat template, tokenizer_config.json)
@@ -112,11 +112,10 @@ FAMILIES = {   # name -> (tokenizer, chat template, tokenizer_config.json)
 }
 
 
-def write_folder(folder, hf, config, generation=None, jinja=None):
+def write_folder(folder, hf, config, jinja=None):
     folder.mkdir()
     hf.save(str(folder / 'tokenizer.json'))
     (folder / 'tokenizer_config.json').write_text(json.dumps(config))
-    (folder / 'generation_config.json').write_text(json.dumps(generation or {}))
     if jinja is not None:
         (folder / 'chat_template.jinja').write_text(jinja)
     return str(folder)
@@ -220,24 +219,6 @@ def test_a_long_chat_loses_early_turns(families, settings):
         assert len(notes) == (kept > 1)
 
 
-@pytest.mark.parametrize('name, opened, closed', [
-    ('chatml', '<|im_start|>system\nA cat.<|im_end|>\n<|im_start|>user\n',
-     '<|im_end|>\n<|im_start|>assistant\n'),
-    ('llama2', '<s>[INST] <<SYS>>\nA cat.\n<</SYS>>\n\n', ' [/INST]')])
-def test_a_long_last_turn_loses_its_start(name, opened, closed, families, settings):
-    """Token by token, whatever a tokenizer makes of a text that begins elsewhere."""
-    tokenizer, _ = families[name]
-    chat = turns('12 é😀 the ' * 9 + 'the end', system='A cat.')
-    shortest = len(tokenizer.encode_turns(turns('', system='A cat.'))) + 3
-    for longest in range(shortest, len(tokenizer.encode_turns(chat))):
-        ids, _, notes = tokenize(
-            chat, [answer('yes')], tokenizer, settings('', max_prompt_length=longest))
-        assert longest - 6 <= len(ids) <= longest and len(notes) == 1
-        written = tokenizer.decode(ids)
-        content = written.removeprefix(opened).removesuffix(closed)
-        assert written == opened + content + closed and chat[1]['content'].endswith(content)
-
-
 def test_a_system_turn_that_fills_the_prompt_drops_the_pair(families, settings):
     chat, cfg = turns('a', system='the cat ' * 9), settings('', max_prompt_length=20)
     _, responses, notes = tokenize(chat, [answer('yes')], families['chatml'][0], cfg)
@@ -276,20 +257,17 @@ def test_a_chat_without_a_template_is_sampled_as_it_was_prepared(tmp_path, setti
 
 
 def test_sampling_ends_where_the_model_says(tmp_path):
-    """eos_token, what generation_config.json lists, the token that closes the template's turn."""
+    """At eos_token, and at the token that closes the template's turn."""
     hf, eos = byte_level(IM, CLOSED), dict(eos_token='<|endoftext|>')    # IM are 0, 1, 2
-    for i, (config, listed, jinja, eot, ends) in enumerate([
-            (eos, None, None, 0, {0}), (eos, 7, None, 0, {0, 7}), (eos, [7, 9], None, 0, {0, 7, 9}),
-            ({}, [9, 7], None, 9, {9, 7}), (eos, [], CHATML, 0, {0, 2})]):
-        tokenizer = get_tokenizer(write_folder(
-            tmp_path / f'{i}', hf, config, dict(eos_token_id=listed), jinja))
-        assert (tokenizer.eot, tokenizer.ends) == (eot, ends)
+    for i, (jinja, ends) in enumerate([(None, {0}), (CHATML, {0, 2})]):
+        tokenizer = get_tokenizer(write_folder(tmp_path / f'{i}', hf, eos, jinja=jinja))
+        assert (tokenizer.eot, tokenizer.ends) == (0, ends)
 
 
 @pytest.mark.parametrize('file, content, says', [
-    ('tokenizer.json', '{"version": "1.0", "trunc', 'tokenizer.json'),
-    ('tokenizer_config.json', '{"eos_token": ', 'tokenizer_config.json'),
-    ('tokenizer_config.json', '{"eos_token": "<|eot_id|>"}', 'eos_token'),
+    ('tokenizer.json', '{"version": "1.0", "trunc', 'JSON'),
+    ('tokenizer_config.json', '{"eos_token": ', 'JSON'),
+    ('tokenizer_config.json', '{}', 'eos_token'),
     ('chat_template.jinja', '{% for m in messages %}', 'template'),
     ('chat_template.jinja', "{{ raise_exception('not today\n') }}", 'not today'),
     ('chat_template.jinja', CHATML.replace('.lstrip', '.upper().lstrip'), 'assistant'),
