@@ -539,8 +539,8 @@ def check_resume(checkpoint, path, cfg, state):
     """Raise InputError where the checkpoint is of another run than cfg's."""
     if 'optimizer' not in checkpoint:
         raise InputError(f'{path}: weights only; a run cannot resume from it')
-    for name, now in state['made_of'].items():
-        if checkpoint['made_of'].get(name) != now:
+    for name, now in state['origin'].items():
+        if checkpoint['origin'].get(name) != now:
             raise InputError(f'{path} was trained with another {name}')
     if cfg.max_iters < checkpoint['step']:
         raise InputError(f'max_iters: {cfg.max_iters}; {path} has done {checkpoint["step"]} steps')
@@ -572,6 +572,12 @@ def learning_rate(step, cfg):
     done = (step - cfg.warmup_iters) / max(1, cfg.max_iters - cfg.warmup_iters)
     cosine = 0.5 * (1 + math.cos(math.pi * done))
     return cfg.learning_rate * dict(cosine=cosine, linear=1 - done, constant=1.0)[cfg.schedule]
+
+
+def make_optimizer(model, cfg):
+    """AdamW. Its averages forget fast, as runs are short; no weight decay: the KL regularises."""
+    return torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, betas=(0.9, 0.99),
+                             weight_decay=0.0, fused=True)
 
 
 @contextlib.contextmanager
@@ -625,10 +631,9 @@ def train(cfg):
     if cfg.eval_only:
         return evaluate_only(cfg, model, policy, reference, pairs, ckpt)
 
-    optimizer = torch.optim.AdamW(
-        model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    optimizer = make_optimizer(model, cfg)
     state = dict(step=0, best=math.inf, evaluated=-1, first={}, metrics={}, log_bytes=0,
-                 prepared=pairs.folder, made_of=dict(
+                 prepared=pairs.folder, origin=dict(
                      loss=plain_settings(cfg)['loss'], **cfg.options, dataset=pairs.meta['hash'],
                      reference=reference_hash))
     if cfg.resume:

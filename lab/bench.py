@@ -207,7 +207,7 @@ def ours(pause, cfg, steps):
     cfg.options = train.loss_options(cfg)
     train.setup_machine(cfg)
     model = load(cfg.init_from).to(cfg.device)
-    reference, *_ = train.make_reference(model, pairs, np.arange(len(pairs)), cfg)
+    reference, _ = train.make_reference(model, pairs, np.arange(len(pairs)), cfg)
     optimizer = train.make_optimizer(model, cfg)
 
     def load_step(k):
@@ -267,7 +267,7 @@ def trl(pause, cfg, steps, rows, attention, compiled):
     args = config(
         output_dir=cfg.data_dir, max_steps=len(steps), per_device_train_batch_size=rows,
         gradient_accumulation_steps=cfg.batch_size // rows, train_sampling_strategy='sequential',
-        max_length=MODELS[cfg.model].block_size, learning_rate=cfg.learning_rate, weight_decay=0.0,
+        max_length=MODELS[cfg.model].block_size, learning_rate=cfg.learning_rate, adam_beta2=0.99,
         lr_scheduler_type='constant', optim='adamw_torch_fused', max_grad_norm=cfg.grad_clip,
         bf16=cfg.dtype == 'bfloat16', torch_compile=compiled, gradient_checkpointing=False,
         use_cpu=cfg.device == 'cpu', dataloader_num_workers=2 * (cfg.device == 'cuda'),
@@ -380,7 +380,7 @@ def start(o):
     """config/dpo_gpt2.py on these weights, twice: the second finds data and reference prepared."""
     names = 'init_from dataset tokenizer data_dir batch_size device dtype compile'
     command = [sys.executable, '-u', 'train.py', 'config/dpo_gpt2.py', '--max_iters=8',
-               '--eval_pairs=1', '--overwrite', f'--out_dir={o.data_dir}/run',
+               '--overwrite', f'--out_dir={o.data_dir}/run',
                *(f'--{name}={getattr(o, name)}' for name in names.split())]
     took = []
     for _ in range(2):

@@ -120,7 +120,6 @@ def main(argv):
     beta = cfg.options.get('beta', 1.0) if train.asks_for(cfg, 'reference') else 1.0
     prompt, cfg.template = o.prompt.replace('\\n', '\n'), o.template or cfg.template
     if o.response:
-        cfg.truncation = 'cut'
         ids, tokens = encode(prompt, [o.response], tokenizer, cfg)[0]
     else:
         ids = encode_prompt(prompt, tokenizer, cfg.template)

@@ -34,7 +34,7 @@ from weights import load
 
 # config/dpo_demo.py without its objective
 DEMO = dict(tokenizer='byte', max_length=112, max_prompt_length=48, val_fraction=0.05,
-            batch_size=32, learning_rate=1e-4, warmup_iters=10, beta2=0.99, compile=False)
+            batch_size=32, learning_rate=1e-4, warmup_iters=10, compile=False)
 
 # (loss, settings that differ from DEMO's)
 BETAS = [('dpo', dict(beta=beta)) for beta in (0.3, 0.5, 1.0, 2.0, 4.0)]

@@ -144,7 +144,7 @@ def train_base(texts, settings, out, o):
     """A language model of reviews -> its folder. It continues where it was interrupted."""
     cfg = frontier.config_of(settings | dict(
         loss='sft', out_dir=os.path.join(out, 'base'), batch_size=64, warmup_iters=100,
-        val_fraction=0.01, eval_interval=1000, eval_pairs=500, max_iters=o.max_iters))
+        val_fraction=0.01, eval_interval=1000, max_iters=o.max_iters))
     if o.base:
         cfg.init_from, cfg.learning_rate = o.base, 5e-5
     else:
@@ -169,7 +169,7 @@ def experiment(source, o):
     right = np.mean((log_odds(test_texts) > 0) == test_labels)
     print(f'gold reward: a classifier, right for {right:.1%} of {len(test_texts):,} reviews')
     name = tokenizer_of(o.base) if o.base else train_tokenizer(texts_of_base, f'{out}/tokenizer')
-    settings = dict(tokenizer=name, max_length=96, max_prompt_length=32, beta2=0.99,
+    settings = dict(tokenizer=name, max_length=96, max_prompt_length=32,
                     data_dir=f'{out}/data')
     base, tokenizer = train_base(texts_of_base, settings, out, o), get_tokenizer(name)
     reference = load(base).to('cuda' if torch.cuda.is_available() else 'cpu')

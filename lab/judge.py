@@ -76,7 +76,7 @@ def load_reference(cfg, checkpoint):
     if isinstance(name, dict):
         raise InputError(f'{cfg.out_dir}: the run began with a random model, which is not saved')
     reference = load(name, cfg.model_class)
-    if checkpoint.get('reference', '') not in ('', train.fingerprint_of(reference)):
+    if checkpoint.get('origin', {}).get('reference', '') not in ('', train.fingerprint_of(reference)):
         raise InputError(f'{name}: not the reference that {cfg.out_dir} was trained with')
     return reference
 
@@ -112,7 +112,6 @@ def run_judge(name, device):
     the model's; for others the implicit rewards, such as beta log pi/pi_ref."""
     cfg, checkpoint = read_run(name)
     cfg.device, cfg.dtype, cfg.compile, cfg.tokens_per_batch = device, 'float32', False, 0
-    cfg.truncation = 'cut'               # a response that does not fit gets a score, too
     train.setup_machine(cfg)
     tokenizer = get_tokenizer(tokenizer_of(name))
     models = [load(name, cfg.model_class).to(cfg.device)]

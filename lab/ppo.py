@@ -219,7 +219,7 @@ def train_ppo(cfg):
     optimizer, step, log_bytes = train.make_optimizer(model.to(cfg.device), cfg), 0, 0
     if cfg.resume:
         checkpoint = train.restore(model.policy, ckpt)
-        if 'value' not in checkpoint or checkpoint['reference'] != start:
+        if 'value' not in checkpoint or checkpoint['origin']['reference'] != start:
             raise InputError(f'{ckpt}: not a run of PPO from {cfg.init_from}')
         for name in ('judge', 'beta', 'lam', 'clip', 'epochs', 'responses', 'batch_size', 'seed'):
             if checkpoint['config'][name] != getattr(cfg, name):
@@ -246,7 +246,7 @@ def train_ppo(cfg):
             if stop or step % cfg.eval_interval == 0 or step == cfg.max_iters:
                 os.fsync(log.fileno())
                 train.save_checkpoint(ckpt, model.policy, cfg, step=step, log_bytes=log.tell(),
-                                      reference=start, value=model.value.state_dict(),
+                                      origin=dict(reference=start), value=model.value.state_dict(),
                                       optimizer=optimizer.state_dict())
     if step < cfg.max_iters:
         train.say(f'{cfg.out_dir}: stopped after {step} rollouts; --resume continues from there')

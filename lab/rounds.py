@@ -97,7 +97,6 @@ def train_rounds(cfg):
     os.makedirs(cfg.out_dir, exist_ok=True)
     train.setup_machine(cfg)
     train.name_tokenizer(cfg)
-    cfg.truncation = 'cut'               # sampled responses fit
     judge = load_judge(cfg.judge, cfg.device)
     entries = read_texts((where, raw) for _, where, raw in records_of(cfg))
     settings = {field.name: getattr(cfg, field.name) for field in fields(train.Config)}

@@ -41,7 +41,8 @@ def test_needed_arithmetic_is_what_was_worked_out_by_hand():
 def plain_steps(policy, steps, loss):
     """The slow twin of bench.ours, a response at a time, behind its prompt: yields (loss, norm)."""
     frozen, losses_of = copy.deepcopy(policy), dict(dpo=dpo_loss, simpo=simpo_loss)[loss]
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0,
+                                  betas=(0.9, 0.99))
 
     def logp(gpt, prompt, response):
         rows = gpt(torch.tensor([prompt + response]))[0, len(prompt) - 1:-1].log_softmax(-1)

@@ -193,7 +193,7 @@ def packed_and_padded():
 def same_gradients(ours, theirs, tolerance):
     for name, p in ours.named_parameters():
         (their_name,), transposed = their_names(name, ours.config)
-        g = theirs.get_parameter('transformer.' + their_name).grad
+        g = theirs.get_parameter(their_name).grad
         assert (p.grad - (g.t() if transposed else g)).norm() <= tolerance * g.norm(), name
 
 

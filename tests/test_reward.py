@@ -233,7 +233,7 @@ def test_rounds_sample_label_and_train(config, files, write, tmp_path, loss, com
         assert sorted(responses, key=len) == responses         # as the judge says
         assert record['prompt'] in prompts
     first, second = (load_checkpoint(run / f'round-{k}' / 'ckpt.pt') for k in (1, 2))
-    assert first['reference'] == second['reference']           # the reference stays,
+    assert first['origin']['reference'] == second['origin']['reference']           # the reference stays,
     assert second['config']['init_from'] == str(run / 'round-1')       # and the policy goes on
 
     (run / 'round-2' / 'ckpt.pt').unlink()                     # as if interrupted in the second

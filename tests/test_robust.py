@@ -30,7 +30,7 @@ from weights import load, load_checkpoint, save
 
 KINDS = [dict(loss='dpo'), dict(loss='simpo'), dict(loss='sft'), dict(reference='live')]
 OTHERS = [dict(dtype='bfloat16', tokens_per_batch=128),
-          dict(loss='orpo', weight_decay=0.1, warmup_iters=5)]
+          dict(loss='orpo', beta=0.2, warmup_iters=5)]
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 SIGNALS = pytest.mark.parametrize('number', CODES, ids=lambda s: s.name)
 

@@ -122,8 +122,7 @@ def test_the_learning_rate_warms_up_and_follows_the_schedule(schedule, then):
 def test_one_step_is_plain_adamw_on_the_mean_dpo_loss(config):
     """The same step, written plainly: full logits, torch's own optimiser."""
     make_model('other', seed=1)
-    cfg = config(max_iters=1, warmup_iters=1, grad_clip=0.5, weight_decay=0.1, beta=0.3,
-                 reference_from='other')
+    cfg = config(max_iters=1, warmup_iters=1, grad_clip=0.5, beta=0.3, reference_from='other')
     train.train(cfg)
     pairs, policy, reference = Pairs(prepare(cfg)), weights.load('base'), weights.load('other')
     rows = train.training_order(pairs.train, cfg)
@@ -133,9 +132,7 @@ def test_one_step_is_plain_adamw_on_the_mean_dpo_loss(config):
     loss = -margins.sigmoid().log().mean()
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 0.5)
-    groups = [dict(params=[p for p in policy.parameters() if p.dim() > 1], weight_decay=0.1),
-              dict(params=[p for p in policy.parameters() if p.dim() == 1], weight_decay=0.0)]
-    torch.optim.AdamW(groups, lr=5e-4).step()
+    torch.optim.Adam(policy.parameters(), lr=5e-4, betas=(0.9, 0.99)).step()
     for name, t in weights_of().items():
         # Adam divides by the gradient's size: where that is next to nothing, rounding shows
         assert (t - policy.state_dict()[name]).abs().mean() < 1e-6, name
@@ -323,13 +320,12 @@ def test_an_objective_and_a_model_of_ones_own(config, monkeypatch, source):
     assert settings['loss'].endswith('.hinge_loss') and settings['model_class'].endswith('.Warm')
 
 
-@pytest.mark.parametrize('some', [0, 30])
-def test_eval_jsonl_is_a_plain_computation_of_each_response_alone(config, some):
+def test_eval_jsonl_is_a_plain_computation_of_each_response_alone(config):
     make_model('other', seed=1)
-    cfg = config(reference_from='other', eval_only=True, val_fraction=1.0, eval_pairs=some)
+    cfg = config(reference_from='other', eval_only=True, val_fraction=1.0)
     metrics, pairs, lines = train.train(cfg), Pairs(prepare(cfg)), read_lines('run/eval.jsonl')
     rows = np.searchsorted(pairs.table['id'], [line['id'] for line in lines])
-    assert len(set(rows)) == (some or len(pairs.table)) and os.listdir('run') == ['eval.jsonl']
+    assert len(set(rows)) == len(pairs.table) and os.listdir('run') == ['eval.jsonl']
     policy, other = (plain_logps(weights.load(name), pairs, rows) for name in ('base', 'other'))
     for k, side in enumerate(('chosen', 'rejected')):
         expected = {f'{side}_logps': policy, f'reference_{side}_logps': other,
@@ -395,7 +391,7 @@ def snapshot(folder):
     '20 is less than the longest pair': dict(out_dir='run', overwrite=True, tokens_per_batch=20),
     'was trained with another dataset': dict(out_dir='run', resume=True, val_fraction=0.3),
     'was trained with another loss': dict(out_dir='run', resume=True, loss='ipo'),
-    'was trained with another init_from': dict(out_dir='run', resume=True, reference_from='other'),
+    'was trained with another reference': dict(out_dir='run', resume=True, reference_from='other'),
     'a model of another shape than init_from': dict(out_dir='run', resume=True, init_from='wide'),
     'has done 6 steps': dict(out_dir='run', resume=True, max_iters=3),
     'weights only; a run cannot resume from it': dict(out_dir='best', resume=True),
