@@ -400,9 +400,13 @@ def encode(item, cfg):
 
 def in_parallel(work, items):
     """work(item) of every item, in order, in as many processes as there are cores."""
+    first = list(itertools.islice(items, 257))
+    if len(first) < 257:                 # not worth starting processes
+        yield from map(work, first)
+        return
     fork = multiprocessing.get_context('fork' if sys.platform == 'linux' else 'spawn')
     with fork.Pool(initializer=leave_signals) as pool:
-        yield from pool.imap(work, items, chunksize=256)
+        yield from pool.imap(work, itertools.chain(first, items), chunksize=256)
 
 
 def leave_signals():

@@ -30,6 +30,7 @@ from configurator import InputError, check_least, configure, run
 from lab import films, labels, optimum, plot, ppo
 from lab.credit import PositionWeightedGPT
 from lab.reward import RewardModel, reward_distillation_loss, reward_loss
+from prepare import prepare
 from weights import load
 
 # config/dpo_demo.py without its objective
@@ -266,6 +267,8 @@ def experiment(name, settings, o):
         for job in jobs:
             job['dataset'] = paths[data.index((job['pairs'], job['seed']))]
         settings = DEMO | dict(init_from=base)
+        for path in paths:               # here: a worker cannot start prepare's workers
+            prepare(config_of(settings | dict(dataset=path)))
         judges = {job['dataset']: job for job in jobs if job['options'].get('judge') == 'model'}
         pool.starmap(train_judge, [(job, settings, out) for job in judges.values()], chunksize=1)
         run_one = functools.partial(run_job, settings=settings, rewards=rewards, out=out)
