@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
-import json
 import os
 import reprlib
 import runpy
@@ -130,14 +129,11 @@ def run(main, doc):
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         if not argv or '-h' in argv or '--help' in argv:
-            print(doc.strip(), flush=True)
+            print(doc.strip())
         else:
             main(argv)
-            sys.stdout.flush()           # here, where a reader that has ended is caught
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:              # the reader of our output, `head` say, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (InputError, OSError) as e:
         sys.exit(f'error: {e}')
 
@@ -158,17 +154,3 @@ def atomic_write(path, mode='w'):
     finally:
         with contextlib.suppress(OSError):
             os.remove(part)
-
-
-def read_json(path, missing=None):
-    """Load a JSON object. Without the file: `missing`, or an error if that is None."""
-    if missing is not None and not os.path.exists(path):
-        return missing
-    try:
-        with open(path, encoding='utf-8') as f:
-            content = json.load(f)
-    except (OSError, ValueError) as e:
-        raise InputError(f'{path}: not a JSON file ({first_line(e)})')
-    if not isinstance(content, dict):
-        raise InputError(f'{path}: not an object but a {type(content).__name__}')
-    return content

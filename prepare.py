@@ -216,28 +216,23 @@ def read_record(record, template=''):
 # Sources: a file or a hub name -> a stream of (location, raw record)
 
 
-def read_lines(path):
-    with (gzip.open if path.endswith('.gz') else open)(path, 'rb') as f:
-        for line, raw in enumerate(f, 1):
-            if raw.strip():
-                yield f'{os.path.basename(path)} line {line}', raw
-
-
-def read_list(path):
-    with open(path, encoding='utf-8') as f:
-        records = json.load(f)
-    if not isinstance(records, list):
-        raise InputError(f'{path}: a .json file must be one list of records; one a line is .jsonl')
-    for count, record in enumerate(records, 1):
-        yield f'{os.path.basename(path)} record {count}', record
-
-
-def read_table(path):
-    with open(path, encoding='utf-8-sig', newline='') as f:    # spreadsheets begin with a mark
-        rows = csv.DictReader(f, dialect='excel-tab' if path.endswith('.tsv') else 'excel')
-        for row in rows:
-            where = f'{os.path.basename(path)} line {rows.line_num}'
-            yield where, {key: value for key, value in row.items() if value}
+def read_file(path):
+    """A file -> a stream of (where, bytes of JSON or a parsed object)."""
+    name = os.path.basename(path)
+    if path.endswith(('.jsonl', '.jsonl.gz')):
+        with (gzip.open if path.endswith('.gz') else open)(path, 'rb') as f:
+            yield from ((f'{name} line {n}', raw) for n, raw in enumerate(f, 1) if raw.strip())
+    elif path.endswith('.json'):
+        with open(path, encoding='utf-8') as f:
+            records = json.load(f)
+        if not isinstance(records, list):
+            raise InputError('a .json file must be one list of records; one a line is .jsonl')
+        yield from ((f'{name} record {n}', record) for n, record in enumerate(records, 1))
+    else:
+        with open(path, encoding='utf-8-sig', newline='') as f:    # spreadsheets begin with a mark
+            rows = csv.DictReader(f, dialect='excel-tab' if path.endswith('.tsv') else 'excel')
+            for row in rows:
+                yield f'{name} line {rows.line_num}', {k: x for k, x in row.items() if x}
 
 
 def read_datasets(source, split):
@@ -252,35 +247,23 @@ def read_datasets(source, split):
         names = [split] if split else datasets.get_dataset_split_names(name, subset or None)
         default = 'train_prefs' if 'train_prefs' in names else 'train'
         options = dict(path=name, name=subset or None, split=split or default)
-    for count, record in enumerate(datasets.load_dataset(streaming=True, **options), 1):
-        yield f'{source} record {count}', record
-
-
-def read_texts(path):                    # prompts for sample.py
-    with open(path, encoding='utf-8') as f:
-        for line, text in enumerate(f, 1):
-            if text.strip():
-                yield f'{os.path.basename(path)} line {line}', dict(prompt=text.rstrip('\n'))
-
-
-READERS = {'.jsonl': read_lines, '.jsonl.gz': read_lines, '.json': read_list,
-           '.csv': read_table, '.tsv': read_table, '.txt': read_texts}
+    for n, record in enumerate(datasets.load_dataset(streaming=True, **options), 1):
+        yield f'{source} record {n}', record
 
 
 def read_source(source, split=''):
     """A path or a name of the hub -> a stream of (where, bytes of JSON or a parsed object)."""
-    known = (*READERS, '.parquet')
-    if source.endswith(known) and not os.path.isfile(source):
+    files = ('.jsonl', '.jsonl.gz', '.json', '.csv', '.tsv')
+    is_file, where = source.endswith((*files, '.parquet')), 'the beginning'
+    if is_file and not os.path.isfile(source):
         raise InputError(f'{source}: no such file')
-    if not source.endswith(known) and (os.path.exists(source) or source.count('/') != 1):
-        raise InputError(f'{source}: neither a {", ".join(known)} file nor owner/name of the hub')
-    reader = next((reader for ending, reader in READERS.items() if source.endswith(ending)), None)
-    where = 'the beginning'
+    if not is_file and (os.path.exists(source) or source.count('/') != 1):
+        raise InputError(f'{source}: neither a {", ".join(files)} or .parquet file nor owner/name '
+                         'of the hub')
     try:
-        for where, raw in reader(source) if reader else read_datasets(source, split):
+        for where, raw in (read_file(source) if source.endswith(files)
+                           else read_datasets(source, split)):
             yield where, raw
-    except InputError:
-        raise
     except Exception as e:    # of gzip, json, csv, Arrow, the network: they share no class
         raise InputError(f'{source}: cannot be read after {where} ({first_line(e)})')
 

@@ -171,21 +171,22 @@ def read_prompts(o, name, tokenizer):
     """-> [(prompt, its token ids), ...], the prompt as it was given: text or messages."""
     if o.prompts == 'val':               # as they were prepared for the run
         path = find(name)
-        if os.path.isdir(path):
-            raise InputError(f"prompts: 'val' needs the folder of a run, not {name}")
-        checkpoint = load_checkpoint(path)
-        if 'prepared' not in checkpoint:
-            raise InputError(f"prompts: 'val' needs prepared data, and {name} has none")
-        pairs = Pairs(checkpoint['prepared'])
+        prepared = None if os.path.isdir(path) else load_checkpoint(path).get('prepared')
+        if not prepared:
+            raise InputError(f"prompts: 'val' needs the folder of a run of train.py, not {name}")
+        pairs = Pairs(prepared)
         ids = [pairs[i][0].tolist() for i in pairs.val[:o.limit or None]]
         return [(tokenizer.decode(x), x) for x in ids]
-    source = read_source(o.prompts) if o.prompts else [
-        ('prompt', dict(prompt=o.prompt.replace('\\n', '\n')))]
+    if o.prompts.endswith('.txt'):
+        with open(o.prompts, encoding='utf-8') as f:
+            source = [('', line) for line in f.read().splitlines() if line.strip()]
+    else:
+        source = read_source(o.prompts) if o.prompts else [('', o.prompt.replace('\\n', '\n'))]
     prompts = []
     for where, raw in itertools.islice(source, o.limit or None):
         try:
             record = parse(raw)
-            prompt = record.get('prompt') if isinstance(record, dict) else None
+            prompt = record.get('prompt') if isinstance(record, dict) else record
             prompt = (chat_of if isinstance(prompt, list) else text_of)(prompt, 'prompt')
             prompts.append((prompt, encode_prompt(prompt, tokenizer, o.template)))
         except (InputError, UnicodeEncodeError) as e:

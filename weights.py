@@ -15,7 +15,7 @@ import shutil
 
 import torch
 
-from configurator import InputError, atomic_write, first_line, read_json, run
+from configurator import InputError, atomic_write, first_line, run
 from model import GPT, GPTConfig
 from tokenizer import TOKENIZER_FILES, get_tokenizer
 
@@ -96,16 +96,25 @@ def load_checkpoint(path):
         raise InputError(f'{path}: not a whole checkpoint ({first_line(e)})')
 
 
+def read_config(folder):
+    """The configuration in a folder of transformers -> GPTConfig."""
+    from transformers import AutoConfig, logging           # slow to load
+    logging.set_verbosity_error()        # what it warns of, we refuse
+    try:
+        return config_of(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    except Exception as e:    # InputError; or whatever is wrong with the file
+        raise InputError(f'{folder}: {e if isinstance(e, InputError) else first_line(e)}')
+
+
 def from_transformers(folder):
     """A folder -> (GPTConfig, the state_dict of GPT, float32)."""
-    import transformers                  # slow to load
-    transformers.logging.set_verbosity_error()             # what it warns of, we refuse
+    from transformers import AutoModelForCausalLM          # slow to load
+    config = read_config(folder)
     try:
-        config = config_of(transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False))
-        theirs, problems = transformers.AutoModelForCausalLM.from_pretrained(
+        theirs, problems = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
-    except Exception as e:    # InputError; or a damaged file, for which each format has its own
-        raise InputError(f'{folder}: {e if isinstance(e, InputError) else first_line(e)}')
+    except Exception as e:    # each format has its own errors for a damaged file
+        raise InputError(f'{folder}: {first_line(e)}')
     for problem, tensors in problems.items():
         # old GPT-2 files hold a constant of the attention mask
         if tensors := [str(name) for name in tensors if 'masked_bias' not in name]:
@@ -168,7 +177,7 @@ def tokenizer_of(name):
         return folder
     if not os.path.isdir(path):
         return load_checkpoint(path)['config']['tokenizer']
-    if read_json(os.path.join(folder, 'config.json')).get('model_type') == 'gpt2':
+    if read_config(path).model_type == 'gpt2':
         return 'gpt2'
     raise InputError(f'{path}: no tokenizer.json; --tokenizer=... names another')
 
