@@ -361,7 +361,7 @@ def encode_record(raw, tokenizer, cfg):
 
 
 def encode(item, cfg):
-    """(number, where, raw record) -> (where, the row of the table but its start, tokens, notes), run
+    """(number, where, raw record) -> (where, row of the table without its start, tokens, notes), run
     by a worker. Row and tokens are None where the pair is dropped."""
     number, where, raw = item
     tokenizer = get_tokenizer(cfg.tokenizer)

@@ -368,7 +368,7 @@ def make_reference(model, pairs, rows, cfg):
         if cfg.reference_from:
             frozen = load(cfg.reference_from, cfg.model_class).to(cfg.device)
         elif cfg.reference == 'live':
-            frozen = copy.deepcopy(model)    # before compiling: a copy would run the original's code
+            frozen = copy.deepcopy(model)    # first: a compiled model's copy runs its code
         fingerprint = fingerprint_of(frozen)
     compile_model(model, cfg)
     if not fingerprint:

@@ -5,9 +5,9 @@ Models in and out: a run's checkpoint, or a model of transformers.
     model = load('out/dpo_demo')               # a run: its ckpt.pt; out/dpo_demo/best.pt works, too
     python weights.py out/dpo_gpt2 my-model    # any of these -> a folder that transformers loads
 
-Families: gpt2, llama (SmolLM, too), mistral, qwen2, qwen3. transformers reads their files, and never
-runs code from them. Left out: quantised weights, adapters, sliding windows, rope scaling other than
-Llama 3's.
+Families: gpt2, llama (SmolLM, too), mistral, qwen2, qwen3. transformers reads and writes their files;
+code from them is never run. Left out: quantised weights, adapters, sliding windows, rope scaling
+other than Llama 3's.
 """
 import contextlib
 import os
@@ -31,8 +31,9 @@ LLAMA_NAMES = dict(
     q_norm='self_attn.q_norm', k_norm='self_attn.k_norm', attn_out='self_attn.o_proj',
     ln_2='post_attention_layernorm', up='mlp.gate_proj mlp.up_proj', down='mlp.down_proj')
 # our field of GPTConfig -> theirs
-KEYS = dict(block_size='max_position_embeddings', vocab_size='vocab_size', tied='tie_word_embeddings',
-            n_layer='num_hidden_layers', n_head='num_attention_heads', n_embd='hidden_size')
+KEYS = dict(block_size='max_position_embeddings', vocab_size='vocab_size',
+            n_layer='num_hidden_layers', n_head='num_attention_heads', n_embd='hidden_size',
+            tied='tie_word_embeddings')
 GPT2_KEYS = KEYS | dict(n_inner='n_inner', norm_eps='layer_norm_epsilon')
 LLAMA_KEYS = KEYS | dict(n_kv_head='num_key_value_heads', head_dim='head_dim',
                          n_inner='intermediate_size', norm_eps='rms_norm_eps')
@@ -154,7 +155,7 @@ def config_of(theirs):
     rope = getattr(theirs, 'rope_parameters', None)
     if rope:
         if rope['rope_type'] not in ('default', 'llama3'):
-            raise InputError(f'rope scaling {rope["rope_type"]!r}; supported are default and llama3')
+            raise InputError(f'rope scaling {rope["rope_type"]!r} is not default or llama3')
         settings['rope_theta'] = float(rope['rope_theta'])
         if rope['rope_type'] == 'llama3':
             settings['rope_scaling'] = tuple(rope[key] for key in ROPE_KEYS)
