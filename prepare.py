@@ -361,8 +361,8 @@ def encode_record(raw, tokenizer, cfg):
 
 
 def encode(item, cfg):
-    """(number, where, raw record) -> (where, row of the table without its start, tokens, notes), run
-    by a worker. Row and tokens are None where the pair is dropped."""
+    """(number, where, raw record) -> (where, row of the table without its start, bytes of the
+    tokens, notes), run by a worker. The row is None where the pair is dropped."""
     number, where, raw = item
     tokenizer = get_tokenizer(cfg.tokenizer)
     try:
@@ -370,9 +370,9 @@ def encode(item, cfg):
     except InputError as e:
         if cfg.bad_records != 'skip':
             raise InputError(f'{where}: {e} (--bad_records=skip leaves such records out)')
-        return where, None, None, ['dropped: bad records']
+        return where, None, b'', ['dropped: bad records']
     if responses is None:
-        return where, None, None, notes
+        return where, None, b'', notes
     text = prompt if isinstance(prompt, str) else json.dumps(prompt)
     place = hashlib.blake2b(text.encode(), digest_size=8).digest()
     val = int.from_bytes(place, 'big') < cfg.val_fraction * 2**64

@@ -5,9 +5,9 @@ Models in and out: a run's checkpoint, or a model of transformers.
     model = load('out/dpo_demo')               # a run: its ckpt.pt; out/dpo_demo/best.pt works, too
     python weights.py out/dpo_gpt2 my-model    # any of these -> a folder that transformers loads
 
-Families: gpt2, llama (SmolLM, too), mistral, qwen2, qwen3. transformers reads and writes their files;
-code from them is never run. Left out: quantised weights, adapters, sliding windows, rope scaling
-other than Llama 3's.
+Families: gpt2, llama (SmolLM, too), mistral, qwen2, qwen3. The transformers library reads and
+writes their files, and never runs code from them. Left out: quantised weights, adapters, sliding
+windows, rope scaling other than Llama 3's.
 """
 import contextlib
 import os
