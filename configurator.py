@@ -97,7 +97,8 @@ def checked(name, value, where, kind):
             value = ast.literal_eval(value)
     if type(value) is int and float in kinds and int not in kinds:
         value = float(value)
-    fits = type(value) in kinds or (callable(value) and {Callable, type} & set(kinds))
+    is_code = inspect.isfunction(value) or inspect.isclass(value)
+    fits = type(value) in kinds or (is_code and {Callable, type} & set(kinds))
     if not fits or value != value or value in (float('inf'), -float('inf')):
         wanted = ' or '.join(k.__name__.replace('NoneType', 'None') for k in kinds)
         raise InputError(f'{where}: {name} = {reprlib.repr(value)} is not of type {wanted}')

@@ -31,7 +31,8 @@ import torch.nn.functional as F
 
 
 def visible(pair, branch, q, k):
-    """The attention mask: True where query q may attend to key k, indices that broadcast."""
+    """The attention mask: True where query q may attend to key k, index tensors that
+    broadcast."""
     return (pair[q] == pair[k]) & (k <= q) & ((branch[k] == 0) | (branch[k] == branch[q]))
 
 

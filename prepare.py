@@ -42,6 +42,7 @@ import os
 import shutil
 import signal
 import sys
+import sysconfig
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -51,7 +52,7 @@ from types import SimpleNamespace
 import numpy as np
 from tqdm import tqdm
 
-from configurator import InputError, check_choice, configure, first_line, run
+from configurator import InputError, check_choice, check_least, configure, first_line, run
 from tokenizer import ASSISTANT, MARK, get_tokenizer, plain_chat
 
 # Numbers that a record may have, with their defaults. An objective gets one by naming it.
@@ -390,6 +391,8 @@ def in_parallel(work, items):
     fork = multiprocessing.get_context('fork' if sys.platform == 'linux' else 'spawn')
     with fork.Pool(initializer=leave_signals) as pool:
         yield from pool.imap(work, itertools.chain(first, items), chunksize=256)
+        pool.close()
+        pool.join()      # terminate() would signal a worker that has just forked: it would clean up
 
 
 def leave_signals():
@@ -416,7 +419,7 @@ def table_dtype(K):
 def source_texts(*objects):
     """The source files of functions and classes, and all that these import but for installed
     packages: part of a cache's key, so that no edit goes unnoticed."""
-    installed = (sys.prefix, sys.base_prefix, os.path.dirname(os.path.dirname(np.__file__)))
+    installed = tuple(sysconfig.get_paths()[name] for name in ('stdlib', 'purelib', 'platlib'))
     texts, paths = {}, [f.__code__.co_filename for x in objects for c in getattr(x, '__mro__', [x])
                         for f in (c, *vars(c).values()) if inspect.isfunction(f)]
     while paths:
@@ -438,6 +441,7 @@ def source_texts(*objects):
 
 def check_data(cfg):
     check_choice(cfg, bad_records=('error', 'skip'), template=('', 'chat'))
+    check_least(cfg, show=0)
     if not 0 <= cfg.val_fraction <= 1:
         raise InputError(f'val_fraction: {cfg.val_fraction} is not between 0 and 1')
     if not 1 <= cfg.max_prompt_length < cfg.max_length:
@@ -482,10 +486,11 @@ def write_files(records, folder, settings):
     with open(os.path.join(folder, 'tokens.bin'), 'wb') as f:
         for where, row, tokens, notes in tqdm(
                 in_parallel(work, records), unit=' pairs', disable=None, leave=False):
-            if row and rows and len(row[3]) != len(rows[0][4]):
+            K = len(rows[0][4]) if rows else 0
+            if row and rows and len(row[3]) != K:
                 if settings['bad_records'] != 'skip':
-                    raise InputError(f'{where}: not {len(rows[0][4])} responses, as in the records '
-                                     'before (--bad_records=skip leaves such records out)')
+                    raise InputError(f'{where}: {len(row[3])} response(s), {K} in records before '
+                                     '(--bad_records=skip leaves such records out)')
                 row, notes = None, ['dropped: bad records']
             counts.update(['records read', *notes])
             if row:

@@ -41,7 +41,7 @@ class Cache:
         prompt, which attends to itself."""
         self.rows, self.positions, self.keys = rows, positions, keys
 
-    def append(self, k, v):                  # (G, T, D) packed, or (B, G, 1, D): one token a row
+    def append(self, k, v):  # a packed prompt (G, T, D), or a token for each of B rows (B, G, 1, D)
         packed = self.keys is None
         for cache, new in ((self.k, k), (self.v, v)):
             new = new.transpose(0, 1) if packed else new[:, :, 0]        # (n, G, D)
@@ -76,7 +76,7 @@ def generate(model, prompts, max_new_tokens, ends, temperature=1.0, top_k=0, top
     rows = torch.arange(B, device=device)
     live = torch.ones(B, dtype=torch.bool, device=device)
     responses = [[] for _ in prompts]
-    for _ in range(max_new_tokens):
+    for step in range(max_new_tokens):
         logits = x.float() @ model.head_weight.float().t()                      # (B, V)
         tokens = draw(logits, temperature, top_k, top_p, torch.rand(B, generator=rng).to(device))
         for response, token, alive in zip(responses, tokens.tolist(), live.tolist()):
@@ -84,7 +84,7 @@ def generate(model, prompts, max_new_tokens, ends, temperature=1.0, top_k=0, top
                 response.append(token)
         last = last + live                              # finished rows stand still
         live = live & ~torch.isin(tokens, ends) & (last < context - 1)
-        if not live.any():
+        if not live.any() or step + 1 == max_new_tokens:
             break
         keys = int(last.max()) + 1
         for cache in caches:
@@ -238,13 +238,15 @@ def main(argv):
         raise InputError('temperature is at least 0, and top_p above 0 and at most 1')
     if (o.prompt != '') + (o.prompts != '') + o.chat != 1:
         raise InputError('give one of --prompt, --prompts and --chat')
-    tokenizer = get_tokenizer(o.tokenizer or tokenizer_of(names[0]))
+    tokenizer, *others = [get_tokenizer(o.tokenizer or tokenizer_of(name)) for name in names]
+    if others and others[0].n_vocab != tokenizer.n_vocab:
+        raise InputError(f'compare: {names[1]} has another tokenizer than {names[0]}')
     device = find_device(o.device)
     models = [load(name).to(device) for name in names]
     for name, model in zip(names, models):
         if tokenizer.n_vocab > model.config.vocab_size:
             raise InputError(f'tokenizer: {tokenizer.name} has {tokenizer.n_vocab} tokens, and '
-                             f'{name} has {model.config.vocab_size}')
+                             f'{name} has {model.config.vocab_size}; --tokenizer names another')
     if o.chat:
         return chat(models[0], o, tokenizer)
     prompts = read_prompts(o, names[0], tokenizer)

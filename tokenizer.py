@@ -33,7 +33,8 @@ class Tokenizer:
     """Text to ids and back, by tiktoken or by a model's tokenizer.json; and its chat template.
 
     n_vocab: size of the vocabulary. eot: the token that ends a response. ends: all tokens at which
-    sampling stops. bos, begin: the token that opens every text (Llama's <s>) or None, as a list.
+    sampling stops. bos: the token that opens a text (Llama's <s>), or None. begin: the list of
+    tokens put before a text, often empty.
     """
 
     def __init__(self, name, encoding=None):

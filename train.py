@@ -37,7 +37,7 @@ from configurator import InputError, atomic_write, check_choice, check_least, co
 from model import GPT, block_mask, pack
 from prepare import NUMBERS, Data, Pairs, prepare, show, source_texts
 from sample import find_device, generate
-from tokenizer import get_tokenizer
+from tokenizer import TOKENIZER_FILES, get_tokenizer
 from weights import copy_tokenizer, load, load_checkpoint, make_config, tokenizer_of
 
 # torchrun --nproc_per_node=N train.py ...: process RANK of WORLD takes every WORLD-th pair
@@ -187,7 +187,7 @@ def check_fit(cfg, model, tokenizer, pairs):
         raise InputError(f'tokens_per_batch: {cfg.tokens_per_batch} is less than the longest pair, '
                          f'{longest} tokens')
     if compares(cfg) and (pairs.K < 2 or pairs.K > 2 and asks_for(cfg, 'rejected')):
-        raise InputError(f'dataset: {cfg.dataset} has {pairs.K} responses to a prompt; the loss '
+        raise InputError(f'dataset: {cfg.dataset} has {pairs.K} response(s) to a prompt; the loss '
                          'compares two')
     for name, default in NUMBERS.items():
         ignored = compares(cfg) and name not in signature_of(cfg)
@@ -291,8 +291,8 @@ def numbers_of(pairs, rows, device='cpu'):
 
 
 def apply_loss(cfg, logps, reference_logps, lengths, numbers):
-    """The objective, on what its signature names of: (B, K) log-probs of the policy, of the
-    reference (or None), (B, K) lengths, (B,) numbers. -> (losses, chosen_rewards,
+    """Call the objective with those of these that its signature names: (B, K) log-probs of the
+    policy, of the reference (or None), (B, K) lengths, (B,) numbers. -> (losses, chosen_rewards,
     rejected_rewards), (B,) each
     """
     supplied = dict(numbers)
@@ -551,7 +551,7 @@ def open_log(cfg, log_bytes):
     if RANK > 0:
         return open(os.devnull, 'wb')
     os.makedirs(cfg.out_dir, exist_ok=True)
-    files = ('ckpt.pt', 'best.pt', 'log.jsonl', 'eval.jsonl', 'samples.jsonl')
+    files = ('ckpt.pt', 'best.pt', 'log.jsonl', 'eval.jsonl', 'samples.jsonl', *TOKENIZER_FILES)
     for name in os.listdir(cfg.out_dir):                   # of the run that is overwritten;
         if name.endswith('.tmp') or (name in files and not cfg.resume):    # .tmp: killed in a save
             os.remove(os.path.join(cfg.out_dir, name))
@@ -603,11 +603,13 @@ def check_finite(step, loss, grad_norm, losses_of, pairs):
                          f'{pairs.table["id"][bad].tolist()}')
 
 
-def evaluate_only(cfg, model, policy, reference, pairs, ckpt):
+def evaluate_only(cfg, model, policy, reference, reference_hash, pairs, ckpt):
     """Evaluate out_dir's run, or init_from if there is none -> metrics, and eval.jsonl."""
-    name = cfg.init_from
+    name = f'no run in {cfg.out_dir}, so {cfg.init_from}'
     if os.path.exists(ckpt):
-        restore(model, name := ckpt)
+        origin, name = restore(model, ckpt)['origin'], ckpt
+        if reference_hash and origin['reference'] not in ('', reference_hash):
+            raise InputError(f'{ckpt} was trained with another reference: see init_from')
     path = os.path.join(cfg.out_dir, 'eval.jsonl')
     os.makedirs(cfg.out_dir, exist_ok=True)
     metrics = evaluate(policy, reference, pairs, pairs.val, cfg, path)
@@ -629,13 +631,13 @@ def train(cfg):
     reference, reference_hash = make_reference(model, pairs, np.union1d(pairs.val, order), cfg)
     policy = no_grad_logps(model, cfg)
     if cfg.eval_only:
-        return evaluate_only(cfg, model, policy, reference, pairs, ckpt)
+        return evaluate_only(cfg, model, policy, reference, reference_hash, pairs, ckpt)
 
     optimizer = make_optimizer(model, cfg)
     state = dict(step=0, best=math.inf, evaluated=-1, first={}, metrics={}, log_bytes=0,
                  prepared=pairs.folder, origin=dict(
                      loss=plain_settings(cfg)['loss'], **cfg.options, dataset=pairs.meta['hash'],
-                     reference=reference_hash))
+                     seed=cfg.seed, batch_size=cfg.batch_size, reference=reference_hash))
     if cfg.resume:
         checkpoint = restore(model, ckpt)
         check_resume(checkpoint, ckpt, cfg, state)
@@ -734,7 +736,7 @@ def train(cfg):
 
     if not done:
         say(f'{cfg.out_dir}: stopped after {step} steps; --resume continues from there')
-        sys.exit(128 + (stop[0] if stop else signal.SIGTERM))    # another process may have got it
+        sys.exit(128 + (stop[0] if stop else signal.SIGTERM))    # another process's, where not ours
     say(f'-> {cfg.out_dir}')
     for name, value in state['metrics'].items():
         say(f'{name:24}{state["first"].get(name, math.nan):>10.4f} -> {value:.4f}')

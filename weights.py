@@ -41,10 +41,10 @@ ROPE_KEYS = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_posi
 LLAMA = dict(norm='rms', gated=True, bias='none')
 FAMILIES = dict(gpt2={}, llama=LLAMA, mistral=LLAMA, qwen2=LLAMA | dict(bias='qkv'),
                 qwen3=LLAMA | dict(qk_norm=True))
-# what a configuration may not say otherwise
+# settings that must have this value where they are present
 ONLY = dict(activation_function='gelu_new', scale_attn_weights=True, add_cross_attention=False,
             scale_attn_by_inverse_layer_idx=False, hidden_act='silu', attention_bias=False,
-            mlp_bias=False, sliding_window=None)
+            mlp_bias=False, sliding_window=None, partial_rotary_factor=1.0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ def find(name):
         return name
     from huggingface_hub import snapshot_download          # slow to load
     try:
-        wanted = ['config.json', '*.safetensors', *TOKENIZER_FILES]
+        wanted = ['config.json', 'model*.safetensors*', *TOKENIZER_FILES]
         return snapshot_download(name, allow_patterns=wanted)
     except Exception as e:    # no network, no such name, no permission: they share no class
         raise InputError(f'{name}: no such file or folder, and not from the hub ({first_line(e)})')
@@ -100,7 +100,7 @@ def load_checkpoint(path):
 def read_config(folder):
     """The configuration in a folder of transformers -> GPTConfig."""
     from transformers import AutoConfig, logging           # slow to load
-    logging.set_verbosity_error()        # what it warns of, we refuse
+    logging.set_verbosity_error()        # instead of its warnings, our errors
     try:
         return config_of(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     except Exception as e:    # InputError; or whatever is wrong with the file
@@ -117,7 +117,7 @@ def from_transformers(folder):
     except Exception as e:    # each format has its own errors for a damaged file
         raise InputError(f'{folder}: {first_line(e)}')
     for problem, tensors in problems.items():
-        # old GPT-2 files hold a constant of the attention mask
+        # old GPT-2 files also store masked_bias, a constant that is not a weight
         if tensors := [str(name) for name in tensors if 'masked_bias' not in name]:
             raise InputError(f'{folder}: {problem.replace("_", " ")}: {min(tensors)}')
     tensors, state = theirs.state_dict(), {}
@@ -188,8 +188,8 @@ def tokenizer_of(name):
 
 
 def save(model, folder, tokenizer=None):
-    """Write config.json and model.safetensors, float32, of the family the model came from. With a
-    tokenizer, config.json has its end-of-text token, too."""
+    """Write a folder of transformers, float32, of the family the model came from. With a tokenizer,
+    its end-of-text token is in config.json."""
     import transformers                  # slow to load
     c, tensors = model.config, {}
     keys = GPT2_KEYS if c.model_type == 'gpt2' else LLAMA_KEYS
@@ -214,7 +214,11 @@ def save(model, folder, tokenizer=None):
         theirs = transformers.AutoModelForCausalLM.from_config(config)
     theirs.load_state_dict(tensors, strict=False, assign=True)
     theirs.tie_weights()
-    theirs.save_pretrained(folder)
+    os.makedirs(folder, exist_ok=True)
+    try:
+        theirs.save_pretrained(folder)
+    except Exception as e:               # a full disk, for which safetensors has its own error
+        raise InputError(f'{folder}: could not be written ({first_line(e)})')
 
 
 def copy_tokenizer(source, folder):

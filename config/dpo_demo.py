@@ -3,7 +3,7 @@
 #   python train.py config/dpo_demo.py
 #
 # Data: 6,000 pairs that the base model samples, labelled by Bradley-Terry on the gold reward.
-# Expect about 4 minutes on two cores, 1 of them here and the rest for the base model; an accuracy
+# Expect about 3 minutes on two cores, 1 of them here and the rest for the base model; an accuracy
 # of 0.7 to 0.82 (labels are noisy: the gold reward itself agrees with 75% of them), and nine
 # tenths of the gain that the optimum has at the policy's KL.
 from lab import films

@@ -50,6 +50,12 @@ def config(tmp_path):
     return config
 
 
+def test_code_is_a_function_or_a_class(config):
+    path = config('import functools\nloss = functools.partial(max, 1)\nmodel_class = str\n')
+    with pytest.raises(InputError, match='loss = functools.partial.* is not of type str or Callable'):
+        configured(path)
+
+
 def test_the_command_line_comes_after_the_config_file(config):
     path = config('batch_size = 2 ** 5\nlearning_rate = batch_size / 4\nbeta = 0.5\n')
     cfg = configured(path, '--learning_rate=0.25', '--out_dir=my=dir')

@@ -124,7 +124,7 @@ def test_numbers_of_a_record(record, numbers):
     (b'{"prompt": "\xff"}', 'bad.jsonl line 2: not valid JSON in UTF-8'),
     (dict(text='x\n', label=1), "no shape fits the keys 'text', 'label'"),
     (dict(chosen='A'), "no shape fits the keys 'chosen'"),
-    (dict(prompt='Q', chosen='A'), 'line 2: not 2 responses'),
+    (dict(prompt='Q', chosen='A'), 'line 2: 1 response(s), 2 in records before'),
     (dict(prompt='Q', responses='A'), "'responses' is 'A', not a list"),
     (dict(prompt='Q', responses=['A', 'B'], scores=[1]), "'scores' needs a number for each"),
     (GOOD | dict(prompt=' \n\t'), "'prompt' is empty or blank"),

@@ -382,16 +382,19 @@ def snapshot(folder):
     "reference: loss = 'simpo' has none": dict(loss='simpo', reference='live'),
     'max_length: 65 exceeds the context of base, 64': dict(max_length=65),
     'byte has 257 tokens, and small has 256': dict(init_from='small'),
-    'single.jsonl has 1 responses to a prompt': dict(dataset='single.jsonl'),
-    'ranks.jsonl has 3 responses to a prompt': dict(dataset='ranks.jsonl'),
+    'single.jsonl has 1 response(s) to a prompt': dict(dataset='single.jsonl'),
+    'ranks.jsonl has 3 response(s) to a prompt': dict(dataset='ranks.jsonl'),
     'soft.jsonl has p other than 1.0; the loss ignores it': dict(dataset='soft.jsonl', loss='ipo'),
     'val_fraction: 1.0 leaves no pair to train on': dict(val_fraction=1.0),
     'resume: there is no new/ckpt.pt': dict(resume=True),
     'run holds a run; --resume continues it, --overwrite replaces it': dict(out_dir='run'),
     '20 is less than the longest pair': dict(out_dir='run', overwrite=True, tokens_per_batch=20),
     'was trained with another dataset': dict(out_dir='run', resume=True, val_fraction=0.3),
+    'was trained with another batch_size': dict(out_dir='run', resume=True, batch_size=4),
     'was trained with another loss': dict(out_dir='run', resume=True, loss='ipo'),
     'was trained with another reference': dict(out_dir='run', resume=True, reference_from='other'),
+    'was trained with another reference: see': dict(out_dir='run', eval_only=True,
+                                                    init_from='other'),
     'a model of another shape than init_from': dict(out_dir='run', resume=True, init_from='wide'),
     'has done 6 steps': dict(out_dir='run', resume=True, max_iters=3),
     'weights only; a run cannot resume from it': dict(out_dir='best', resume=True),
@@ -413,5 +416,6 @@ def test_what_is_refused_changes_nothing(config, says, changed):
 
 def test_overwrite_leaves_nothing_of_the_old_run(config):
     train.train(config(eval_samples=2))
+    Path('run/tokenizer.json').write_text("the old run's")
     train.train(config(overwrite=True, max_iters=1, val_fraction=0.0))
     assert sorted(os.listdir('run')) == ['ckpt.pt', 'log.jsonl'] and len(read_log()) == 1

@@ -188,6 +188,7 @@ def test_a_name_of_the_hub(tiny, tmp_path, monkeypatch):
     """The files that are asked for suffice, and no others are."""
     import huggingface_hub
     folder, theirs = tiny('gpt2')
+    os.remove(f'{folder}/model.safetensors')
     as_shards(theirs, folder)
     Path(folder, 'pytorch_model.bin').write_text('too large')
     Path(folder, 'tokenizer.json').write_text('{}')
@@ -294,3 +295,9 @@ def test_a_model_that_transformers_does_not_have_is_not_saved(tmp_path):
     with pytest.raises(InputError, match='transformers has no gpt2'):
         save(model, str(tmp_path / 'out'))
     assert not (tmp_path / 'out').exists()
+
+
+def test_a_model_that_cannot_be_written_is_one_line(tiny, tmp_path):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(OSError):
+        save(load(tiny('gpt2')[0]), str(tmp_path / 'file'))
