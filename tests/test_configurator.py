@@ -52,7 +52,7 @@ def config(tmp_path):
 
 def test_code_is_a_function_or_a_class(config):
     path = config('import functools\nloss = functools.partial(max, 1)\nmodel_class = str\n')
-    with pytest.raises(InputError, match='loss = functools.partial.* is not of type str or Callable'):
+    with pytest.raises(InputError, match='loss = functools.* is not of type str or Callable'):
         configured(path)
 
 
