@@ -130,11 +130,14 @@ def run(main, doc):
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         if not argv or '-h' in argv or '--help' in argv:
-            print(doc.strip())
+            print(doc.strip(), flush=True)
         else:
             main(argv)
+            sys.stdout.flush()           # here, where a reader that has ended is caught
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:              # the reader of our output, `head` say, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (InputError, OSError) as e:
         sys.exit(f'error: {e}')
 

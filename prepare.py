@@ -227,8 +227,13 @@ def read_file(path):
         with open(path, encoding='utf-8') as f:
             records = json.load(f)
         if not isinstance(records, list):
-            raise InputError('a .json file must be one list of records; one a line is .jsonl')
+            raise InputError(f'{path}: a .json file must be one list of records; one a line is '
+                             '.jsonl')
         yield from ((f'{name} record {n}', record) for n, record in enumerate(records, 1))
+    elif path.endswith('.txt'):          # prompts for sample.py
+        with open(path, encoding='utf-8') as f:
+            yield from ((f'{name} line {n}', dict(prompt=text.rstrip('\n')))
+                        for n, text in enumerate(f, 1) if text.strip())
     else:
         with open(path, encoding='utf-8-sig', newline='') as f:    # spreadsheets begin with a mark
             rows = csv.DictReader(f, dialect='excel-tab' if path.endswith('.tsv') else 'excel')
@@ -254,7 +259,7 @@ def read_datasets(source, split):
 
 def read_source(source, split=''):
     """A path or a name of the hub -> a stream of (where, bytes of JSON or a parsed object)."""
-    files = ('.jsonl', '.jsonl.gz', '.json', '.csv', '.tsv')
+    files = ('.jsonl', '.jsonl.gz', '.json', '.csv', '.tsv', '.txt')
     is_file, where = source.endswith((*files, '.parquet')), 'the beginning'
     if is_file and not os.path.isfile(source):
         raise InputError(f'{source}: no such file')
@@ -265,6 +270,8 @@ def read_source(source, split=''):
         for where, raw in (read_file(source) if source.endswith(files)
                            else read_datasets(source, split)):
             yield where, raw
+    except InputError:
+        raise
     except Exception as e:    # of gzip, json, csv, Arrow, the network: they share no class
         raise InputError(f'{source}: cannot be read after {where} ({first_line(e)})')
 

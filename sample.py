@@ -177,16 +177,13 @@ def read_prompts(o, name, tokenizer):
         pairs = Pairs(prepared)
         ids = [pairs[i][0].tolist() for i in pairs.val[:o.limit or None]]
         return [(tokenizer.decode(x), x) for x in ids]
-    if o.prompts.endswith('.txt'):
-        with open(o.prompts, encoding='utf-8') as f:
-            source = [('', line) for line in f.read().splitlines() if line.strip()]
-    else:
-        source = read_source(o.prompts) if o.prompts else [('', o.prompt.replace('\\n', '\n'))]
+    source = read_source(o.prompts) if o.prompts else [
+        ('prompt', dict(prompt=o.prompt.replace('\\n', '\n')))]
     prompts = []
     for where, raw in itertools.islice(source, o.limit or None):
         try:
             record = parse(raw)
-            prompt = record.get('prompt') if isinstance(record, dict) else record
+            prompt = record.get('prompt') if isinstance(record, dict) else None
             prompt = (chat_of if isinstance(prompt, list) else text_of)(prompt, 'prompt')
             prompts.append((prompt, encode_prompt(prompt, tokenizer, o.template)))
         except (InputError, UnicodeEncodeError) as e:

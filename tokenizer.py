@@ -44,16 +44,21 @@ class Tokenizer:
             self.n_vocab, self.eot = encoding.n_vocab, encoding.eot_token
             self.ends = {self.eot}
             return
-        from transformers import PreTrainedTokenizerFast    # slow to load; gpt2 and byte do without
+        import transformers              # slow to load; gpt2 and byte do without
+        ends = None
         try:
-            self.theirs = PreTrainedTokenizerFast.from_pretrained(name)
+            self.theirs = transformers.PreTrainedTokenizerFast.from_pretrained(name)
+            if os.path.exists(os.path.join(name, 'generation_config.json')):
+                ends = transformers.GenerationConfig.from_pretrained(name).eos_token_id
         except Exception as e:           # each file has its own errors
             raise InputError(f'{name}: no whole tokenizer ({first_line(e)})')
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         self.n_vocab, self.bos = len(self.theirs), self.theirs.bos_token_id
         self.eot, self.has_template = self.theirs.eos_token_id, bool(self.theirs.chat_template)
-        if self.eot is None:
+        if self.eot is None and not ends:
             raise InputError(f'{name}: tokenizer_config.json has no eos_token')
-        self.ends = {self.eot}
+        self.eot = ends[0] if self.eot is None else self.eot
+        self.ends = {self.eot, *ends}
         self.hf = self.theirs.backend_tokenizer
         self.hf.no_truncation()
         self.hf.no_padding()

@@ -213,8 +213,9 @@ def barrier():
 
 def all_reduce(*tensors):
     """Sum each over all processes, in place."""
-    for t in tensors if WORLD > 1 else ():
-        dist.all_reduce(t)
+    if WORLD > 1:
+        for t in tensors:
+            dist.all_reduce(t)
 
 
 def name_tokenizer(cfg):

@@ -128,6 +128,9 @@ def from_transformers(folder):
         names, transposed = their_names(name, config)
         parts = [tensors.pop(part) for part in names]
         state[name] = torch.cat([part.t() if transposed else part for part in parts])
+    head = tensors.get('lm_head.weight', state['wte.weight'])
+    if not torch.equal(head, state['wte.weight']):         # left over, where it is tied
+        raise InputError(f'{folder}: lm_head.weight differs from the embedding it is tied to')
     return config, state
 
 
@@ -215,10 +218,15 @@ def save(model, folder, tokenizer=None):
     theirs.load_state_dict(tensors, strict=False, assign=True)
     theirs.tie_weights()
     os.makedirs(folder, exist_ok=True)
+    part = os.path.join(folder, f'{os.getpid()}.tmp')
     try:
-        theirs.save_pretrained(folder)
+        theirs.save_pretrained(part)
+        for name in os.listdir(part):
+            os.replace(os.path.join(part, name), os.path.join(folder, name))
     except Exception as e:               # a full disk, for which safetensors has its own error
         raise InputError(f'{folder}: could not be written ({first_line(e)})')
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def copy_tokenizer(source, folder):

@@ -151,9 +151,11 @@ def command(body):
     ('raise InputError("a.jsonl line 2:\\nbad")', 1, 'error: a.jsonl line 2: bad\n'),
     ('open("none.txt")', 1, "error: [Errno 2] No such file or directory: 'none.txt'\n"),
     ('raise KeyboardInterrupt', 130, ''),
-    ('os.kill(os.getpid(), signal.SIGTERM)', 143, '')])
+    ('os.kill(os.getpid(), signal.SIGTERM)', 143, ''),
+    ('[print(i, flush=True) for i in range(100_000)]', 0, '')])     # to a reader that has ended
 def test_what_a_command_ends_with(body, code, says):
     process = command(body)
+    process.stdout.close()
     assert process.stderr.read() == says and process.wait() == code
 
 

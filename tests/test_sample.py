@@ -258,12 +258,12 @@ def test_a_prompt_is_read_whole_where_the_answer_may_fill_the_context(seen):
     (['--prompt=x', '--temperature=-1'], 'temperature'), (['--prompt=x', '--top_p=0.0'], 'top_p'),
     (['--prompt=x', '--device=gpu'], 'gpu'), (['--prompt=x', '--compare=none'], 'none'),
     ([], '--prompts'), (['--prompt=x', '--chat'], '--chat'), (['--prompts=val'], 'val'),
-    (['--prompts=none.jsonl'], 'none.jsonl'),
+    (['--prompts=none.jsonl'], 'none.jsonl'), (['--prompts=bad.txt'], 'bad.txt'),
     (['--prompts=empty.jsonl'], 'prompts'), (['--prompts=list.jsonl'], 'list.jsonl line 2'),
     (['--prompt=x', '--out=none/a'], 'none/a')])
 def test_bad_options_are_one_line_and_write_nothing(options, says, models, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    files = {'out.jsonl': b'before', 'empty.jsonl': b'',
+    files = {'out.jsonl': b'before', 'bad.txt': b'\xff' * 9, 'empty.jsonl': b'',
              'list.jsonl': b'{"prompt": "a"}\n["a"]'}
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)

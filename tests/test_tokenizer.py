@@ -112,10 +112,11 @@ FAMILIES = {   # name -> (tokenizer, chat template, tokenizer_config.json)
 }
 
 
-def write_folder(folder, hf, config, jinja=None):
+def write_folder(folder, hf, config, generation=None, jinja=None):
     folder.mkdir()
     hf.save(str(folder / 'tokenizer.json'))
     (folder / 'tokenizer_config.json').write_text(json.dumps(config))
+    (folder / 'generation_config.json').write_text(json.dumps(generation or {}))
     if jinja is not None:
         (folder / 'chat_template.jinja').write_text(jinja)
     return str(folder)
@@ -257,11 +258,14 @@ def test_a_chat_without_a_template_is_sampled_as_it_was_prepared(tmp_path, setti
 
 
 def test_sampling_ends_where_the_model_says(tmp_path):
-    """At eos_token, and at the token that closes the template's turn."""
+    """eos_token, what generation_config.json lists, the token that closes the template's turn."""
     hf, eos = byte_level(IM, CLOSED), dict(eos_token='<|endoftext|>')    # IM are 0, 1, 2
-    for i, (jinja, ends) in enumerate([(None, {0}), (CHATML, {0, 2})]):
-        tokenizer = get_tokenizer(write_folder(tmp_path / f'{i}', hf, eos, jinja=jinja))
-        assert (tokenizer.eot, tokenizer.ends) == (0, ends)
+    for i, (config, listed, jinja, eot, ends) in enumerate([
+            (eos, None, None, 0, {0}), (eos, 7, None, 0, {0, 7}), (eos, [7, 9], None, 0, {0, 7, 9}),
+            ({}, [9, 7], None, 9, {9, 7}), (eos, [], CHATML, 0, {0, 2})]):
+        tokenizer = get_tokenizer(write_folder(
+            tmp_path / f'{i}', hf, config, dict(eos_token_id=listed), jinja))
+        assert (tokenizer.eot, tokenizer.ends) == (eot, ends)
 
 
 @pytest.mark.parametrize('file, content, says', [

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import weights
@@ -108,8 +109,11 @@ def as_shards(theirs, folder):
 def as_bin(theirs, folder):
     """As gpt2's own file on the hub: no prefix, and buffers that older versions wrote."""
     state = {name.removeprefix('transformer.'): t for name, t in theirs.state_dict().items()}
-    state |= {'h.0.attn.bias': torch.ones(1, 1, BLOCK, BLOCK).tril(),
-              'h.0.attn.masked_bias': torch.tensor(-1e4)}
+    if theirs.config.model_type == 'gpt2':
+        state |= {'h.0.attn.bias': torch.ones(1, 1, BLOCK, BLOCK).tril(),
+                  'h.0.attn.masked_bias': torch.tensor(-1e4)}
+    else:
+        state['model.layers.0.self_attn.rotary_emb.inv_freq'] = torch.ones(4)
     torch.save(state, os.path.join(folder, 'pytorch_model.bin'))
 
 
@@ -175,9 +179,10 @@ def test_the_command_exports_a_run(tiny, tmp_path):
     assert 'pairs.jsonl' in (folder / 'README.md').read_text()
 
 
-@pytest.mark.parametrize('layout', [as_shards, as_bin])
-def test_layouts_of_files(layout, tiny):
-    folder, theirs = tiny('gpt2')
+@pytest.mark.parametrize('family, layout', [
+    ('gpt2', as_shards), ('gpt2', as_bin), ('llama', as_bin)])
+def test_layouts_of_files(family, layout, tiny):
+    folder, theirs = tiny(family)
     expected = load(folder)
     os.remove(f'{folder}/model.safetensors')
     layout(theirs, folder)
@@ -212,6 +217,14 @@ def test_names_that_lead_nowhere(name, tmp_path, monkeypatch):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     refused(name, 'no such file or folder')
+
+
+def test_a_hub_that_does_not_answer_is_one_line(tmp_path, monkeypatch):
+    def snapshot_download(*args, **kwargs):
+        raise OSError('no network\nand a long story')
+    monkeypatch.setattr('huggingface_hub.snapshot_download', snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    refused('someone/their-model', 'no network')
 
 
 # --------------------------------------------------------------------------------------------------
@@ -254,12 +267,14 @@ def spoil(path, change):
     ('llama', 'config.json', dict(rope_parameters=dict(rope_type='yarn')), 'yarn'),
     ('llama', 'config.json', dict(rope_parameters=None, rope_scaling=dict(type='linear')),
      'linear'),
+    ('llama', 'config.json', dict(tie_word_embeddings=True), 'lm_head.weight'),
     ('mistral', 'config.json', dict(sliding_window=4096), 'sliding_window'),
     ('qwen3', 'config.json', dict(use_sliding_window=True, sliding_window=16), 'sliding_window'),
     ('gpt2', 'model.safetensors', None, 'no file named model.safetensors'),
     ('gpt2', 'model.safetensors', 'cut', 'SafetensorError'),
     ('gpt2', 'model.safetensors', {'transformer.ln_f.bias': None}, 'ln_f.bias'),
     ('gpt2', 'model.safetensors', {'transformer.ln_f.bias': torch.zeros(31)}, 'ln_f.bias'),
+    ('gpt2', 'model.safetensors', {'lm_head.weight': torch.zeros(VOCAB, 32)}, 'lm_head.weight'),
     ('llama', 'model.safetensors', {'model.layers.0.self_attn.k_proj.weight': torch.zeros(16, 31)},
      'layers.0.self_attn.k_proj'),
     ('gpt2', 'ckpt.pt', b'PK\x03\x04 and no more', 'checkpoint'),
@@ -297,7 +312,17 @@ def test_a_model_that_transformers_does_not_have_is_not_saved(tmp_path):
     assert not (tmp_path / 'out').exists()
 
 
-def test_a_model_that_cannot_be_written_is_one_line(tiny, tmp_path):
-    (tmp_path / 'file').write_text('')
-    with pytest.raises(OSError):
-        save(load(tiny('gpt2')[0]), str(tmp_path / 'file'))
+def test_a_disk_that_is_full_leaves_the_old_model(tiny, monkeypatch):
+    import transformers
+    folder, _ = tiny('gpt2')
+    model, files = load(folder), sorted(os.listdir(folder))
+
+    def save_pretrained(self, path):
+        os.makedirs(path)
+        Path(path, 'model.safetensors').write_bytes(b'half')
+        raise SafetensorError('Error while serializing: I/O error: No space left on device')
+    monkeypatch.setattr(transformers.GPT2LMHeadModel, 'save_pretrained', save_pretrained)
+    with pytest.raises(InputError, match='No space left'):
+        save(randomise(load(folder), seed=1), folder)
+    assert sorted(os.listdir(folder)) == files
+    same_weights(load(folder), model)
