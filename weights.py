@@ -120,17 +120,17 @@ def from_transformers(folder):
         # old GPT-2 files also store masked_bias, a constant that is not a weight
         if tensors := [str(name) for name in tensors if 'masked_bias' not in name]:
             raise InputError(f'{folder}: {problem.replace("_", " ")}: {min(tensors)}')
+    head, embedding = theirs.get_output_embeddings(), theirs.get_input_embeddings()
+    if config.tied and head.weight is not embedding.weight:
+        raise InputError(f'{folder}: lm_head.weight differs from the embedding it is tied to')
     tensors, state = theirs.state_dict(), {}
-    del theirs                           # a tensor is freed as soon as ours is made of it
+    del theirs, head, embedding          # a tensor is freed as soon as ours is made of it
     with torch.device('meta'):
         ours = list(GPT(config).state_dict())
     for name in ours:
         names, transposed = their_names(name, config)
         parts = [tensors.pop(part) for part in names]
         state[name] = torch.cat([part.t() if transposed else part for part in parts])
-    head = tensors.get('lm_head.weight', state['wte.weight'])
-    if not torch.equal(head, state['wte.weight']):         # left over, where it is tied
-        raise InputError(f'{folder}: lm_head.weight differs from the embedding it is tied to')
     return config, state
 
 
